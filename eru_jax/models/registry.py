@@ -1,0 +1,192 @@
+"""Model families: what a backbone needs around it to make pictures.
+
+Adding a model adds one file beside this one and one entry to FAMILIES.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eru_jax import flow
+from eru_jax.errors import UserError
+from eru_jax.models import autoencoder_kl, flux
+from eru_jax.models import lora as lora_lib
+from eru_jax.types import Conditioning, VelocityFn
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelFamily:
+  """A kind of text-to-image flow model.
+
+  Attributes:
+    name: key in FAMILIES.
+    config: dataclass of the backbone's architecture, with `from_dict` and `to_dict`.
+    backbone: module class, built as backbone(config, dtype, scan, remat, attention).
+    latent_ids: (rows, columns) of the packed grid -> positions of its tokens.
+    packing: edge of the square of latent pixels that makes one token.
+    tiny: keys that shrink `config` for tests and laptops.
+  """
+
+  name: str
+  config: type
+  backbone: type[nn.Module]
+  latent_ids: Callable[[int, int], np.ndarray]
+  packing: int
+  tiny: dict[str, Any]
+
+
+FAMILIES = {
+  'flux': ModelFamily(
+    name='flux',
+    config=flux.FluxConfig,
+    backbone=flux.FluxTransformer,
+    latent_ids=flux.image_ids,
+    packing=2,
+    tiny=dict(
+      in_channels=16,
+      num_layers=1,
+      num_single_layers=1,
+      attention_head_dim=16,
+      num_attention_heads=2,
+      joint_attention_dim=32,
+      pooled_projection_dim=32,
+      guidance_embeds=False,
+      axes_dims_rope=(4, 6, 6),
+    ),
+  ),
+}
+
+
+def family(name: str) -> ModelFamily:
+  """Looks a family up.
+
+  Raises:
+    UserError: if there is no such family.
+  """
+  if name not in FAMILIES:
+    raise UserError(f'Unknown model family {name!r}: choose one of {sorted(FAMILIES)}.')
+  return FAMILIES[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionModel:
+  """A backbone and an autoencoder at one picture size: pure functions, no parameters inside.
+
+  Attributes:
+    family: what the backbone is.
+    backbone: its module.
+    autoencoder: module of the autoencoder.
+    resolution: edge of the pictures in pixels.
+    guidance: guidance scale fed to a guidance-distilled backbone.
+    lora: adapter rules; empty if whole networks are trained.
+  """
+
+  family: ModelFamily
+  backbone: nn.Module
+  autoencoder: autoencoder_kl.AutoencoderKL
+  resolution: int
+  guidance: float = 3.5
+  lora: tuple[lora_lib.LoraRule, ...] = ()
+
+  def __post_init__(self):
+    step = self.family.packing * self.autoencoder.config.downscale
+    if self.resolution % step:
+      raise UserError(f'Resolution {self.resolution} must be a multiple of {step} for this model.')
+    channels = self.family.packing**2 * self.autoencoder.config.latent_channels
+    if channels != self.backbone.config.in_channels:
+      raise UserError(
+        f'The autoencoder makes {channels} channels a token, the backbone takes '
+        f'{self.backbone.config.in_channels}: they do not belong together.'
+      )
+
+  @property
+  def grid(self) -> int:
+    """Tokens along each edge of the packed latent grid."""
+    return self.resolution // (self.family.packing * self.autoencoder.config.downscale)
+
+  @property
+  def latent_shape(self) -> tuple[int, int]:
+    """(tokens, channels) of one picture's packed latents."""
+    return self.grid**2, self.backbone.config.in_channels
+
+  def init(self, key: jax.Array, text_length: int) -> PyTree:
+    """Random backbone parameters, boxed with their logical axis names."""
+    cfg = self.backbone.config
+    conditioning = Conditioning(
+      tokens=jnp.zeros((1, text_length, cfg.joint_attention_dim)),
+      pooled=jnp.zeros((1, cfg.pooled_projection_dim)),
+    )
+    ids = self.family.latent_ids(self.grid, self.grid)
+    x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros(1)
+    return self.backbone.init(key, x, t, conditioning, ids, jnp.zeros(1))['params']
+
+  def velocity(self, base: PyTree, trainable: PyTree | None = None) -> VelocityFn:
+    """The velocity network as the losses and samplers want it.
+
+    Args:
+      base: frozen backbone parameters.
+      trainable: an adapter on them (if this model has LoRA rules), else whole parameters that
+        stand in for them; None is the base itself.
+
+    Returns:
+      (x_t (B, S, C), t (B,), conditioning) -> (B, S, C) velocity in the model's dtype.
+    """
+    if trainable is None:
+      variables = {'params': base}
+    elif self.lora:
+      variables = {'params': base, 'lora': lora_lib.variables(trainable, self.lora)}
+    else:
+      variables = {'params': trainable}
+    ids = self.family.latent_ids(self.grid, self.grid)
+
+    def velocity_fn(x_t: jax.Array, t: jax.Array, conditioning: Conditioning) -> jax.Array:
+      guidance = jnp.full(t.shape, self.guidance, jnp.float32)
+      return self.backbone.apply(variables, x_t, t, conditioning, ids, guidance)
+
+    return velocity_fn
+
+  def encode(self, autoencoder_params: PyTree, images: jax.Array) -> jax.Array:
+    """Pictures (B, H, W, 3) in [-1, 1] to scaled, packed latents (posterior means)."""
+    mean, _ = self.autoencoder.apply({'params': autoencoder_params}, images, method='encode')
+    latents = autoencoder_kl.scale_latents(mean, self.autoencoder.config)
+    return autoencoder_kl.pack_latents(latents)
+
+  def decode(self, autoencoder_params: PyTree, latents: jax.Array) -> jax.Array:
+    """Packed latents to pictures (B, H, W, 3) in [0, 1], float32."""
+    edge = self.grid * self.family.packing
+    z = autoencoder_kl.unpack_latents(latents.astype(jnp.float32), edge, edge)
+    z = autoencoder_kl.unscale_latents(z, self.autoencoder.config)
+    images = self.autoencoder.apply({'params': autoencoder_params}, z, method='decode')
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+  def sample(
+    self,
+    velocity_fn: VelocityFn,
+    noise: jax.Array,
+    conditioning: Conditioning,
+    schedule: jax.Array,
+    null: Conditioning | None = None,
+    cfg_scale: float = 1.0,
+  ) -> jax.Array:
+    """Packed latents (B, S, C) by Euler's method from noise of that shape.
+
+    Args:
+      velocity_fn: what `velocity` returned.
+      noise: (B, S, C) start noise.
+      conditioning: prompts of the batch.
+      schedule: (steps + 1,) falling from 1 to 0.
+      null: conditioning of the empty prompt, batch size 1; needed for cfg_scale other than 1.
+      cfg_scale: true classifier-free guidance.
+    """
+    if cfg_scale != 1.0:
+      if null is None:
+        raise UserError('Classifier-free guidance needs the empty prompt: pass `null`.')
+      velocity_fn = flow.classifier_free_guidance(velocity_fn, null, cfg_scale)
+    return flow.euler_ode(velocity_fn, noise, schedule, conditioning)

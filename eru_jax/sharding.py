@@ -1,0 +1,107 @@
+"""The device mesh, the one table of logical axis rules, and shardings of states and batches."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from eru_jax.errors import UserError
+
+PyTree = Any
+
+# Logical axis (named in the modules) -> mesh axis or axes. First match wins.
+RULES = (
+  ('batch', ('data', 'fsdp')),
+  ('length', 'sequence'),
+  ('act_embed', None),
+  ('embed', 'fsdp'),
+  ('mlp', 'tensor'),
+  ('heads', 'tensor'),
+  ('vocab', 'tensor'),
+  ('conv_in', None),
+  ('conv_out', 'fsdp'),
+  ('lora_rank', None),
+  ('norm', None),
+  ('layers', None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes; -1, once, means all remaining devices.
+
+  Attributes:
+    data: copies of the parameters, each with its share of the batch.
+    fsdp: parameters and batch split along it.
+    tensor: heads and MLP channels split along it.
+    sequence: long sequences split along it.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  sequence: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+  """Builds the mesh over all devices, or the given ones.
+
+  Raises:
+    UserError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dataclasses.asdict(config)
+  given = math.prod(size for size in sizes.values() if size != -1)
+  free = [name for name, size in sizes.items() if size == -1]
+  valid = all(size == -1 or size >= 1 for size in sizes.values()) and len(free) <= 1
+  if not valid or len(devices) % given or (not free and given != len(devices)):
+    raise UserError(
+      f'mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to that number, '
+      'and at most one may be -1 (the rest).'
+    )
+  for name in free:
+    sizes[name] = len(devices) // given
+  # Linen's logical constraints need Auto axes; make_mesh would default to Explicit ones.
+  return jax.make_mesh(
+    tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices
+  )
+
+
+def logical_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+  """Shardings of a tree whose leaves carry linen's logical axis names (abstract or not)."""
+  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Leading axis over data and fsdp."""
+  return NamedSharding(mesh, P(('data', 'fsdp')))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def shardings_like(tree: PyTree, params: PyTree, param_shardings: PyTree, mesh: Mesh) -> PyTree:
+  """Shardings of a training state: every subtree shaped like the parameters shares theirs.
+
+  Adam's moments, averages and policies repeat the parameter tree; counters are replicated.
+
+  Args:
+    tree: the (abstract) state.
+    params: the (abstract) parameters.
+    param_shardings: their shardings.
+    mesh: where scalars are replicated.
+  """
+  structure = jax.tree.structure(params)
+
+  def is_params(node: Any) -> bool:
+    return jax.tree.structure(node) == structure
+
+  def assign(node: Any) -> Any:
+    return param_shardings if is_params(node) else replicated(mesh)
+
+  return jax.tree.map(assign, tree, is_leaf=is_params)

@@ -1,0 +1,137 @@
+"""Checkpoints of one stage: atomic, checked when read, the last good one wins.
+
+A thin layer over Orbax, so that its API is named in this file only. Every checkpoint carries the
+CRC of each of its arrays: storage that silently returns other bytes counts as damage too.
+"""
+
+import errno
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from eru_jax.errors import UserError
+
+PyTree = Any
+
+
+def _checksums(tree: PyTree) -> dict[str, int]:
+  """CRC-32 of every leaf this process holds whole."""
+  sums = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if getattr(leaf, 'is_fully_addressable', True):
+      data = np.ascontiguousarray(np.asarray(leaf))
+      sums[jax.tree_util.keystr(path)] = zlib.crc32(data.tobytes())
+  return sums
+
+
+class StageCheckpoints:
+  """Saves and restores (state, data position) under one directory, keeping the newest few."""
+
+  def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+    """Opens (or makes) the directory; `keep` checkpoints survive, the oldest go first."""
+    self._directory = pathlib.Path(directory).absolute()
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._checkpointer = ocp.training.Checkpointer(
+      str(self._directory),
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+    )
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps of the committed checkpoints, oldest first."""
+    return sorted(metadata.step for metadata in self._checkpointer.checkpoints)
+
+  def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
+    """Saves the state and the JSON-serialisable position of the data iterator.
+
+    Raises:
+      UserError: if the disk is full or not writable. Earlier checkpoints are intact.
+    """
+    if step in self.steps:
+      return
+    metadata = {'position': position, 'checksums': _checksums(state)}
+    try:
+      self._checkpointer.save_pytree(step, state, custom_metadata=metadata)
+    except Exception as error:
+      if not _is_storage_error(error):
+        raise
+      earlier = f'the one of step {self.steps[-1]} is intact' if self.steps else 'there is none yet'
+      raise UserError(
+        f'Could not save the checkpoint of step {step} in {self._directory}: '
+        f'{_first_line(error)}. Of earlier checkpoints, {earlier}; free some space and run the '
+        'same command again to continue.'
+      ) from error
+
+  def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    """Reads the newest checkpoint that is whole.
+
+    Args:
+      like: the state to restore into: its structure, shapes, dtypes and shardings.
+
+    Returns:
+      (state, position), or None if nothing has been saved.
+
+    Raises:
+      UserError: if there are checkpoints but none of them can be read.
+    """
+    steps = self.steps
+    for step in reversed(steps):
+      try:
+        metadata = self._checkpointer.metadata(step).custom_metadata
+        state = self._checkpointer.load_pytree(step, like)
+        self._verify(state, like, metadata)
+        return state, metadata['position']
+      except Exception as error:
+        logging.warning(
+          'Checkpoint %s/%d is damaged (%s); trying the one before it.',
+          self._directory, step, _first_line(error),
+        )  # fmt: skip
+        self._set_aside(step)
+    if steps:
+      raise UserError(
+        f'None of the checkpoints {steps} in {self._directory} can be read; they were set aside '
+        f'as {self._directory.name}.damaged-*. Run the same command again to start this stage anew.'
+      )
+    return None
+
+  def _verify(self, state: PyTree, like: PyTree, metadata: dict[str, Any]) -> None:
+    wanted = jax.tree.map(lambda x: (x.shape, x.dtype), like)
+    if jax.tree.map(lambda x: (x.shape, x.dtype), state) != wanted:
+      raise ValueError('it holds arrays of other shapes or dtypes')
+    for path, crc in _checksums(state).items():
+      if metadata['checksums'].get(path) != crc:
+        raise ValueError(f'the bytes of {path} have changed')
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
+    target = self._directory.with_name(f'{self._directory.name}.damaged-{step}')
+    serial = 0
+    while target.exists():
+      serial += 1
+      target = target.with_name(f'{self._directory.name}.damaged-{step}.{serial}')
+    (self._directory / str(step)).rename(target)
+    self._checkpointer.reload()
+
+  def close(self) -> None:
+    """Waits for what is being written and releases the directory."""
+    self._checkpointer.close()
+
+
+def _first_line(error: BaseException) -> str:
+  text = str(error).strip().splitlines()
+  return (text[0] if text else type(error).__name__)[:200]
+
+
+def _is_storage_error(error: BaseException | None) -> bool:
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+      return True
+    if any(word in str(error) for word in ('No space left', 'RESOURCE_EXHAUSTED', 'os_error')):
+      return True
+    error = error.__cause__ or error.__context__
+  return False

@@ -1,0 +1,440 @@
+"""The schema of an experiment: frozen dataclasses, read strictly from a config file's ConfigDict.
+
+A config is data. Every key is a field below; an unknown one, a value of the wrong type or out of
+range is answered by one sentence that names it.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+from eru_jax.errors import UserError
+from eru_jax.models.lora import LoraRule
+from eru_jax.sharding import MeshConfig
+from eru_jax.training.state import OptimizerConfig
+
+
+def require(config: Any, **rules: tuple[bool, str]) -> None:
+  """Raises UserError for the first field whose rule (valid, wanted) is not met."""
+  for name, (valid, wanted) in rules.items():
+    if not valid:
+      owner = type(config).__name__.removesuffix('Config')
+      value = getattr(config, name)
+      raise UserError(f'{owner} config: `{name}` is {value!r} but must be {wanted}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Which model to train, and how it runs.
+
+  Attributes:
+    source: 'emoji_base' (the checkpoint in the package), a model directory, or 'scratch'.
+    architecture: for 'scratch': overrides of the family's architecture, keyed as its config.json.
+    autoencoder: for 'scratch': the same for the autoencoder.
+    family: for 'scratch': the model family.
+    resolution: edge of the pictures in pixels.
+    text_length: tokens a prompt is padded or truncated to.
+    dtype: 'float32' or 'bfloat16', of the computation.
+    scan: compile each stack of blocks as a loop (fast compile) or unrolled (faster on CPU).
+    remat: what the backward pass keeps: 'none' (all of it), 'names', 'attn' or 'full'.
+    attention: attention implementation.
+  """
+
+  source: str = 'emoji_base'
+  family: str = 'flux'
+  architecture: dict = dataclasses.field(default_factory=dict)
+  autoencoder: dict = dataclasses.field(default_factory=dict)
+  resolution: int = 64
+  text_length: int = 24
+  dtype: str = 'float32'
+  scan: bool = True
+  remat: str = 'none'
+  attention: str = 'auto'
+
+  def __post_init__(self):
+    require(
+      self,
+      resolution=(self.resolution > 0 and self.resolution % 16 == 0, 'a multiple of 16'),
+      text_length=(self.text_length > 2, 'at least 3'),
+      dtype=(self.dtype in ('float32', 'bfloat16'), "'float32' or 'bfloat16'"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How pictures are made, in rollouts and in evaluation.
+
+  Attributes:
+    num_steps: Euler steps.
+    shift_mu: FLUX's timestep shift; 0 is an even grid.
+    guidance: guidance scale fed to a guidance-distilled model; ignored by others.
+    cfg_scale: true classifier-free guidance; 1 is off.
+  """
+
+  num_steps: int = 12
+  shift_mu: float = 0.0
+  guidance: float = 3.5
+  cfg_scale: float = 1.0
+
+  def __post_init__(self):
+    require(
+      self,
+      num_steps=(self.num_steps >= 1, 'at least 1'),
+      guidance=(self.guidance >= 0, 'zero or more'),
+      cfg_scale=(self.cfg_scale >= 0, 'zero or more'),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where prompts come from.
+
+  Attributes:
+    pairs: 'emoji_knowledge' (in the package) or a JSON Lines file of knowledge pairs.
+    wordings_per_fact: of the package's knowledge, training wordings used for each fact.
+  """
+
+  pairs: str = 'emoji_knowledge'
+  wordings_per_fact: int = 6
+
+  def __post_init__(self):
+    require(self, wordings_per_fact=(1 <= self.wordings_per_fact <= 6, 'from 1 to 6'))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """What is measured before, between and after the stages.
+
+  Attributes:
+    max_prompts: at most this many prompts of a split, evenly spread over it.
+    batch_size: pictures made at a time.
+    seed: seed of the start noise; prompt k of a split always gets the same noise.
+    gallery: prompts of each implicit split shown in the report.
+  """
+
+  max_prompts: int = 256
+  batch_size: int = 64
+  seed: int = 1234
+  gallery: int = 8
+
+  def __post_init__(self):
+    require(
+      self,
+      max_prompts=(self.max_prompts >= 1, 'at least 1'),
+      batch_size=(self.batch_size >= 1, 'at least 1'),
+      gallery=(self.gallery >= 0, 'zero or more'),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+  """What every stage has.
+
+  Attributes:
+    num_steps: iterations.
+    optimizer: see OptimizerConfig.
+    accumulation: microbatches averaged into one update.
+    save_every: iterations between checkpoints; the last iteration is always saved.
+    log_every: iterations between lines of metrics.jsonl.
+  """
+
+  num_steps: int = 100
+  optimizer: OptimizerConfig = OptimizerConfig()
+  accumulation: int = 1
+  save_every: int = 100
+  log_every: int = 10
+
+  def __post_init__(self):
+    require(
+      self,
+      num_steps=(self.num_steps >= 1, 'at least 1'),
+      accumulation=(self.accumulation >= 1, 'at least 1'),
+      save_every=(self.save_every >= 1, 'at least 1'),
+      log_every=(self.log_every >= 1, 'at least 1'),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderStageConfig(StageConfig):
+  """Trains the autoencoder on the world's pictures.
+
+  Attributes:
+    batch_size: pictures an iteration.
+    kl_weight: weight of the KL to the unit normal.
+  """
+
+  batch_size: int = 16
+  kl_weight: float = 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardStageConfig(StageConfig):
+  """Trains the reward classifier on distorted pictures of the world.
+
+  Attributes:
+    batch_size: pictures an iteration.
+    label_smoothing: share of the probability given to all classes alike.
+  """
+
+  batch_size: int = 64
+  label_smoothing: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchingStageConfig(StageConfig):
+  """Pretrains the backbone on (name, picture).
+
+  Attributes:
+    batch_size: examples an iteration.
+    pooled_only: share of examples whose token states are masked, which leaves the pooled vector.
+    tokens_only: share of examples whose pooled vector is zeroed.
+    drop_text: share of examples trained on the empty prompt.
+    text_noise: standard deviation of Gaussian noise on the text, relative to its own.
+    time_mean: mean of the logit-normal timestep density.
+    time_std: its standard deviation.
+  """
+
+  batch_size: int = 64
+  pooled_only: float = 0.2
+  tokens_only: float = 0.1
+  drop_text: float = 0.05
+  text_noise: float = 0.1
+  time_mean: float = 0.0
+  time_std: float = 1.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    shares = self.pooled_only + self.tokens_only + self.drop_text
+    require(
+      self,
+      batch_size=(self.batch_size % self.accumulation == 0, 'a multiple of accumulation'),
+      pooled_only=(0 <= shares <= 1, 'such that all three shares sum to at most 1'),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DkDmStageConfig(StageConfig):
+  """DK-DM, the default mixture (METHODS 2.4 of the design; a reconstruction).
+
+  Attributes:
+    teacher_batch: implicit prompts an iteration that meet states of the teacher's pictures.
+    rollouts: implicit prompts an iteration that are rolled out with the student.
+    rollout_steps: Euler steps of a rollout.
+    states_per_rollout: states kept of each rollout.
+    mixture: final weight of the rollout states.
+    mixture_ramp: fraction of the stage over which that weight grows from zero.
+    preservation_batch: explicit, unrelated and empty prompts an iteration.
+    preservation_weight: weight of the preservation term.
+    teacher_seeds: pictures the teacher makes of each anchor before the stage begins.
+    text_noise: noise on the implicit prompt's text, relative to its own standard deviation.
+    pooled_only: share of implicit prompts whose token states are masked.
+    time_mean: mean of the logit-normal timestep density of teacher states.
+    time_std: its standard deviation.
+  """
+
+  teacher_batch: int = 32
+  rollouts: int = 4
+  rollout_steps: int = 8
+  states_per_rollout: int = 4
+  mixture: float = 0.5
+  mixture_ramp: float = 0.3
+  preservation_batch: int = 16
+  preservation_weight: float = 1.0
+  teacher_seeds: int = 2
+  text_noise: float = 0.1
+  pooled_only: float = 0.2
+  time_mean: float = 0.4
+  time_std: float = 1.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    sizes = (self.teacher_batch, self.rollouts, self.preservation_batch)
+    require(
+      self,
+      teacher_batch=(
+        min(sizes) >= 1 and not any(s % self.accumulation for s in sizes),
+        'positive and, like rollouts and preservation_batch, a multiple of accumulation',
+      ),
+      states_per_rollout=(
+        1 <= self.states_per_rollout <= self.rollout_steps,
+        'between 1 and rollout_steps',
+      ),
+      mixture=(0 <= self.mixture <= 1, 'in [0, 1]'),
+      mixture_ramp=(0 <= self.mixture_ramp <= 1, 'in [0, 1]'),
+      preservation_weight=(self.preservation_weight >= 0, 'zero or more'),
+      teacher_seeds=(self.teacher_seeds >= 1, 'at least 1'),
+      text_noise=(self.text_noise >= 0, 'zero or more'),
+      pooled_only=(0 <= self.pooled_only <= 1, 'in [0, 1]'),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NoRlStageConfig(StageConfig):
+  """NO-RL, variant N1 (METHODS 3.5 of the design; a reconstruction).
+
+  Attributes:
+    prompts_per_step: prompts an iteration.
+    images_per_prompt: rollouts of each.
+    rollout_steps: Euler steps of a rollout.
+    timesteps_per_image: noise levels each rollout is trained at.
+    updates_per_step: parameter updates made from one iteration's rollouts.
+    explicit_share: share of the prompts that are explicit anchors.
+    beta: DiffusionNFT's beta.
+    reference_weight: weight of the velocity distance to the stage's start.
+    reward_low: score at or below which a picture is certainly wrong.
+    reward_high: score at or above which it is certainly right.
+    behaviour_inertia: growth per iteration of the share of itself that the rollout policy keeps
+      when it follows the parameters (DiffusionNFT's eta, its first schedule).
+    behaviour_cap: the largest such share.
+    time_max: noise levels are drawn up to this one.
+    time_min: and from this one.
+  """
+
+  prompts_per_step: int = 16
+  images_per_prompt: int = 4
+  rollout_steps: int = 8
+  timesteps_per_image: int = 2
+  updates_per_step: int = 2
+  explicit_share: float = 0.5
+  beta: float = 1.0
+  reference_weight: float = 0.05
+  reward_low: float = 0.0
+  reward_high: float = 1.0
+  behaviour_inertia: float = 0.02
+  behaviour_cap: float = 0.5
+  time_min: float = 0.3
+  time_max: float = 1.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    images = self.prompts_per_step * self.images_per_prompt
+    require(
+      self,
+      prompts_per_step=(
+        images % (self.updates_per_step * self.accumulation) == 0,
+        'such that prompts_per_step * images_per_prompt is a multiple of '
+        'updates_per_step * accumulation',
+      ),
+      explicit_share=(0 <= self.explicit_share <= 1, 'in [0, 1]'),
+      beta=(0 < self.beta <= 1, 'in (0, 1]'),
+      reference_weight=(self.reference_weight >= 0, 'zero or more'),
+      reward_high=(self.reward_high > self.reward_low, 'above reward_low'),
+      behaviour_cap=(0 <= self.behaviour_cap <= 1, 'in [0, 1]'),
+      time_min=(0 <= self.time_min < self.time_max <= 1, 'below time_max, both in [0, 1]'),
+    )
+
+
+STAGE_CONFIGS = {
+  'autoencoder': AutoencoderStageConfig,
+  'reward': RewardStageConfig,
+  'flow_matching': FlowMatchingStageConfig,
+  'dk_dm': DkDmStageConfig,
+  'no_rl': NoRlStageConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """One experiment: a model, its data, and the stages it goes through.
+
+  Attributes:
+    title: headline of the report.
+    seed: seed of initialisation, data order, rollouts and noise.
+    stages: names of the stages, in order, each with a section of that name below.
+    lora: adapter rules; empty means the whole backbone is trained.
+    wandb_project: if not empty, metrics also go to this Weights & Biases project.
+    model, data, sampling, evaluation, mesh: see their classes.
+    autoencoder, reward, flow_matching, dk_dm, no_rl: the stages' sections.
+  """
+
+  stages: tuple[str, ...]
+  title: str = 'eru_jax run'
+  seed: int = 0
+  lora: tuple[LoraRule, ...] = ()
+  wandb_project: str = ''
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  sampling: SamplingConfig = SamplingConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+  mesh: MeshConfig = MeshConfig()
+  autoencoder: AutoencoderStageConfig = AutoencoderStageConfig()
+  reward: RewardStageConfig = RewardStageConfig()
+  flow_matching: FlowMatchingStageConfig = FlowMatchingStageConfig()
+  dk_dm: DkDmStageConfig = DkDmStageConfig()
+  no_rl: NoRlStageConfig = NoRlStageConfig()
+
+  def __post_init__(self):
+    unknown = [stage for stage in self.stages if stage not in STAGE_CONFIGS]
+    if unknown or not self.stages or len(set(self.stages)) != len(self.stages):
+      raise UserError(
+        f'config: `stages` is {list(self.stages)} but must name different stages out of '
+        f'{list(STAGE_CONFIGS)}.'
+      )
+
+  def stage(self, name: str) -> StageConfig:
+    return getattr(self, name)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+  """Checks a config value against a type hint; nested dataclasses are read recursively."""
+  origin = get_origin(hint)
+  if dataclasses.is_dataclass(hint):
+    return from_mapping(hint, value, where)
+  if origin is tuple:
+    if not isinstance(value, (list, tuple)):
+      raise UserError(f'config: `{where}` is {value!r} but must be a list.')
+    inner = get_args(hint)[0]
+    return tuple(_convert(v, inner, f'{where}[{i}]') for i, v in enumerate(value))
+  if origin in (typing.Union, types.UnionType):
+    hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    return None if value is None else _convert(value, hint, where)
+  if hint is dict:
+    if not isinstance(value, Mapping):
+      raise UserError(f'config: `{where}` is {value!r} but must be a mapping.')
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise UserError(f'config: `{where}` is {value!r} but must be a {hint.__name__}.')
+  return value
+
+
+def from_mapping(cls: type, values: Any, where: str = '') -> Any:
+  """Builds a config dataclass from a mapping, strictly.
+
+  Args:
+    cls: a dataclass of this module.
+    values: a ConfigDict or dict.
+    where: path of `values` in the whole config, for messages.
+
+  Raises:
+    UserError: for an unknown key (with the nearest known one), a missing or mistyped value.
+  """
+  if not isinstance(values, Mapping) and not hasattr(values, 'items'):
+    raise UserError(f'config: `{where}` is {values!r} but must be a mapping.')
+  hints = typing.get_type_hints(cls)
+  prefix = f'{where}.' if where else ''
+  kwargs = {}
+  for key, value in values.items():
+    if key not in hints:
+      near = difflib.get_close_matches(key, hints, 1)
+      hint = f'did you mean `{prefix}{near[0]}`?' if near else f'known: {", ".join(sorted(hints))}.'
+      raise UserError(f'config: unknown key `{prefix}{key}`; {hint}')
+    kwargs[key] = _convert(value, hints[key], prefix + key)
+  for field in dataclasses.fields(cls):
+    missing = field.default is field.default_factory is dataclasses.MISSING
+    if missing and field.name not in kwargs:
+      raise UserError(f'config: `{prefix}{field.name}` is missing.')
+  return cls(**kwargs)
+
+
+def to_json(config: ExperimentConfig) -> dict[str, Any]:
+  """The config as plain JSON data; sections of stages that do not run are left out."""
+  values = dataclasses.asdict(config)
+  for stage in STAGE_CONFIGS:
+    if stage not in config.stages:
+      del values[stage]
+  return values

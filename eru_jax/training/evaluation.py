@@ -1,0 +1,182 @@
+"""Makes pictures with fixed seeds and scores them: the same code for train and evaluate."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eru_jax.data.pairs import KnowledgePair
+from eru_jax.data.world import IMPLICIT_SPLITS
+from eru_jax.models.registry import DiffusionModel
+from eru_jax.rewards.emoji import TemplateJudge
+from eru_jax.training.experiment import Experiment, Snapshot
+from eru_jax.training.metrics import wilson_interval
+from eru_jax.types import Conditioning
+
+PyTree = Any
+SPLITS = ('explicit', *IMPLICIT_SPLITS, 'unrelated')
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """Pictures of a list of prompts.
+
+  Attributes:
+    images: (N, H, W, 3) uint8.
+    shown: (N,) int32, the class the judge sees in each.
+  """
+
+  images: np.ndarray
+  shown: np.ndarray
+
+
+def start_noise(model: DiffusionModel, seed: int, name: str, rows: np.ndarray) -> jax.Array:
+  """Start noise (N, S, C) float32 that depends on (seed, name, row) only.
+
+  So a prompt gets the same noise whatever the batch size, and at every stage of a run.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+  keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows))
+  return jax.vmap(lambda k: jax.random.normal(k, model.latent_shape))(keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+  model: DiffusionModel,
+  judge: TemplateJudge,
+  cfg_scale: float,
+  backbone: PyTree,
+  trainable: PyTree | None,
+  autoencoder: PyTree,
+  noise: jax.Array,
+  conditioning: Conditioning,
+  null: Conditioning,
+  schedule: jax.Array,
+):
+  velocity_fn = model.velocity(backbone, trainable)
+  latents = model.sample(velocity_fn, noise, conditioning, schedule, null, cfg_scale)
+  images = model.decode(autoencoder, latents)
+  shown = judge(images)
+  return jnp.round(images * 255).astype(jnp.uint8), shown, latents
+
+
+def generate(
+  experiment: Experiment,
+  snapshot: Snapshot,
+  judge: TemplateJudge,
+  prompts: Sequence[str],
+  noise_name: str,
+  noise_rows: np.ndarray | None = None,
+) -> Generated:
+  """Makes one picture of each prompt with the deployed sampler.
+
+  Args:
+    experiment: text, sampler settings, seed and batch size.
+    snapshot: the model.
+    judge: says what each picture shows.
+    prompts: N prompts, all in the experiment's text table.
+    noise_name: pictures made under the same name share their noise, row by row.
+    noise_rows: (N,) rows; 0 .. N-1 if not given.
+  """
+  settings, sampling = experiment.config.evaluation, experiment.config.sampling
+  rows = np.arange(len(prompts)) if noise_rows is None else noise_rows
+  text = experiment.text.index(prompts)
+  images, shown = [], []
+  size = settings.batch_size
+  for start in range(0, len(prompts), size):
+    # The last batch is filled up, so that one compiled program serves them all.
+    part = np.resize(np.arange(start, min(start + size, len(prompts))), size)
+    picture, seen, _ = _generate(
+      snapshot.model,
+      judge,
+      sampling.cfg_scale,
+      snapshot.backbone,
+      snapshot.trainable,
+      snapshot.autoencoder,
+      start_noise(snapshot.model, settings.seed, noise_name, rows[part]),
+      experiment.text.take(text[part]),
+      experiment.text.null,
+      experiment.schedule,
+    )
+    kept = min(size, len(prompts) - start)
+    images.append(np.asarray(picture)[:kept])
+    shown.append(np.asarray(seen)[:kept])
+  return Generated(np.concatenate(images), np.concatenate(shown))
+
+
+def spread(count: int, limit: int) -> np.ndarray:
+  """At most `limit` of `count` rows, evenly spread, always the same."""
+  if count <= limit:
+    return np.arange(count)
+  return np.linspace(0, count - 1, limit).round().astype(np.int64)
+
+
+def accuracy(right: np.ndarray) -> dict[str, Any]:
+  """Share of right pictures with its 95 % Wilson interval."""
+  n = len(right)
+  low, high = wilson_interval(int(right.sum()), n)
+  return {'accuracy': float(right.mean()), 'n': n, 'ci95': [low, high]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What a model does at one point of a run.
+
+  Attributes:
+    scores: split -> accuracy(...), and `unrelated_drift` if a base was given.
+    generated: split -> pictures of its prompts, in the order of `selected(split)`. The base's
+      also has '<split> anchors': what it draws for the explicit prompts of `gallery(split)`, from
+      the noise of their implicit ones.
+  """
+
+  scores: dict[str, Any]
+  generated: dict[str, Generated]
+
+
+def selected(experiment: Experiment, split: str) -> tuple[list[KnowledgePair], np.ndarray]:
+  """The pairs of a split that are evaluated, and their answers."""
+  table = experiment.world.splits[split]
+  rows = spread(len(table.pairs), experiment.config.evaluation.max_prompts)
+  return [table.pairs[row] for row in rows], table.index[rows]
+
+
+def gallery(experiment: Experiment, split: str) -> np.ndarray:
+  """Rows of `selected(split)` that the report shows: evenly spread, never picked by result."""
+  return spread(len(selected(experiment, split)[0]), experiment.config.evaluation.gallery)
+
+
+def evaluate(
+  experiment: Experiment,
+  snapshot: Snapshot,
+  judge: TemplateJudge,
+  base: Evaluation | None = None,
+) -> Evaluation:
+  """Scores every split; with the base's evaluation also the drift on unrelated prompts.
+
+  Drift is the root mean square difference, in [0, 1] pixel units, between the pictures that the
+  base and this model make of the same unrelated prompts from the same noise.
+  """
+  scores, generated = {}, {}
+  for split in SPLITS:
+    if split not in experiment.world.splits or not experiment.world.splits[split].pairs:
+      continue
+    pairs, answers = selected(experiment, split)
+    generated[split] = generate(
+      experiment, snapshot, judge, [pair.implicit for pair in pairs], split
+    )
+    scores[split] = accuracy(generated[split].shown == answers)
+    rows = gallery(experiment, split)
+    if base is None and split in IMPLICIT_SPLITS and len(rows):
+      anchors = [pairs[row].explicit for row in rows]
+      generated[f'{split} anchors'] = generate(experiment, snapshot, judge, anchors, split, rows)
+  if 'unrelated' in generated:
+    now = generated['unrelated'].images.astype(np.float32) / 255
+    before = now if base is None else base.generated['unrelated'].images.astype(np.float32) / 255
+    drift = np.sqrt(np.mean(np.square(now - before), axis=(1, 2, 3)))
+    scores['unrelated_drift'] = float(drift.mean())
+  return Evaluation(scores, generated)

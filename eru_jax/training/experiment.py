@@ -1,0 +1,196 @@
+"""Everything the stages share: the world, its prompts, and the model between two stages."""
+
+import dataclasses
+import functools
+import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from eru_jax import flow, sharding
+from eru_jax.data.embeddings import EmbeddingCache
+from eru_jax.data.pairs import KnowledgePair
+from eru_jax.data.text_encoder import TextEncoder, load_minilm
+from eru_jax.data.world import World
+from eru_jax.models import autoencoder_kl, registry
+from eru_jax.training.config import ExperimentConfig, ModelConfig
+from eru_jax.types import Conditioning, VelocityFn
+from eru_jax.weights import model_directory
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+  """Embeddings of all prompts of a run, on the host.
+
+  Attributes:
+    conditioning: numpy arrays, one row a prompt.
+    rows: prompt -> row. The empty prompt is row 0.
+  """
+
+  conditioning: Conditioning
+  rows: dict[str, int]
+
+  @classmethod
+  def build(cls, cache: EmbeddingCache, encoder: TextEncoder, prompts: Sequence[str]):
+    """Looks up (or computes) the embeddings of the different prompts among `prompts`."""
+    unique = list(dict.fromkeys(prompts))
+    parts = [encoder.null_conditioning()] + ([cache.lookup(unique)] if unique else [])
+    conditioning = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    return cls(conditioning, {'': 0} | {prompt: i + 1 for i, prompt in enumerate(unique)})
+
+  def index(self, prompts: Sequence[str]) -> np.ndarray:
+    """Rows of prompts, (N,) int32."""
+    return np.array([self.rows[prompt] for prompt in prompts], np.int32)
+
+  def take(self, rows: np.ndarray) -> Conditioning:
+    """The conditioning of rows, batch first."""
+    return jax.tree.map(lambda x: x[rows], self.conditioning)
+
+  @property
+  def null(self) -> Conditioning:
+    """The empty prompt, batch size 1."""
+    return self.take(np.zeros(1, np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+  """The model as it stands between two stages.
+
+  Attributes:
+    model: modules and sizes.
+    backbone: frozen base parameters.
+    autoencoder: parameters of the autoencoder.
+    trainable: adapter or whole parameters the stages so far have trained, None at the base.
+    reward: parameters of the reward classifier, or None where none has been trained.
+  """
+
+  model: registry.DiffusionModel
+  backbone: PyTree
+  autoencoder: PyTree
+  trainable: PyTree | None = None
+  reward: PyTree | None = None
+
+  def velocity(self) -> VelocityFn:
+    return self.model.velocity(self.backbone, self.trainable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What does not change while an experiment runs.
+
+  Attributes:
+    config: the experiment.
+    mesh: the devices.
+    world: pictures, pairs and judge.
+    text: embeddings of all prompts.
+  """
+
+  config: ExperimentConfig
+  mesh: Mesh
+  world: World
+  text: TextTable
+
+  @functools.cached_property
+  def schedule(self) -> jax.Array:
+    """Solver grid of evaluation."""
+    return flow.timestep_schedule(self.config.sampling.num_steps, self.config.sampling.shift_mu)
+
+  def key(self, purpose: str) -> jax.Array:
+    """A random key of its own for every purpose."""
+    return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(purpose.encode()))
+
+  def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+    return self.text.take(self.text.index(prompts))
+
+  def prompts(self, split: str) -> tuple[KnowledgePair, ...]:
+    return self.world.splits[split].pairs if split in self.world.splits else ()
+
+
+def cache_directory() -> pathlib.Path:
+  """Where prepared datasets and embeddings are shared between runs: $ERU_JAX_CACHE or ~/.cache."""
+  import os
+
+  return pathlib.Path(
+    os.environ.get('ERU_JAX_CACHE', pathlib.Path.home() / '.cache' / 'eru_jax')
+  )
+
+
+def open_text(length: int, prompts: Sequence[str]) -> TextTable:
+  """Embeds prompts with MiniLM through the shared cache."""
+  encoder = load_minilm(max_length=length)
+  return TextTable.build(EmbeddingCache(cache_directory() / 'text', encoder), encoder, prompts)
+
+
+def _build_model(
+  config: ExperimentConfig,
+  family: registry.ModelFamily,
+  architecture: Any,
+  autoencoder: autoencoder_kl.AutoencoderConfig,
+) -> registry.DiffusionModel:
+  settings = config.model
+  backbone = family.backbone(
+    architecture,
+    dtype=jnp.dtype(settings.dtype),
+    scan=settings.scan,
+    remat=settings.remat,
+    attention=settings.attention,
+  )
+  return registry.DiffusionModel(
+    family,
+    backbone,
+    autoencoder_kl.AutoencoderKL(autoencoder),
+    settings.resolution,
+    config.sampling.guidance,
+    config.lora,
+  )
+
+
+def model_source(settings: ModelConfig) -> pathlib.Path:
+  """The model directory a config names."""
+  if settings.source == 'emoji_base':
+    return pathlib.Path(__file__).parent.parent / 'assets' / 'emoji_base'
+  return pathlib.Path(settings.source)
+
+
+def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
+  """The model an experiment starts from: a model directory, or random parameters.
+
+  Raises:
+    UserError: if the directory is missing, damaged or of another shape.
+  """
+  settings = config.model
+  if settings.source == 'scratch':
+    family = registry.family(settings.family)
+    architecture = family.config.from_dict(settings.architecture)
+    autoencoder = autoencoder_kl.AutoencoderConfig.from_dict(settings.autoencoder)
+    model = _build_model(config, family, architecture, autoencoder)
+    key = jax.random.key(config.seed)
+    backbone = init_sharded(lambda: model.init(key, settings.text_length), mesh)
+    pixels = settings.resolution
+    images = jnp.zeros((1, pixels, pixels, autoencoder.in_channels // autoencoder.patch_size**2))
+    params = init_sharded(lambda: model.autoencoder.init(key, images)['params'], mesh)
+    return Snapshot(model, backbone, params)
+  stored = model_directory.load(model_source(settings))
+  model = _build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
+  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.text_length))
+  backbone = jax.device_put(stored.backbone, sharding.logical_shardings(boxed, mesh))
+  everywhere = sharding.replicated(mesh)
+  reward = None if stored.reward is None else jax.device_put(stored.reward, everywhere)
+  return Snapshot(
+    model, backbone, jax.device_put(stored.autoencoder, everywhere), reward=reward
+  )
+
+
+def init_sharded(init, mesh: Mesh) -> PyTree:
+  """Runs an initialiser of boxed parameters so that they are born sharded; returns them unboxed."""
+  import flax.linen as nn
+
+  layout = sharding.logical_shardings(jax.eval_shape(init), mesh)
+  return jax.jit(lambda: nn.unbox(init()), out_shardings=layout)()

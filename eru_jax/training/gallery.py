@@ -1,0 +1,54 @@
+"""Before and after: the same prompts, from the same noise, at every stage of a run."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from eru_jax.data.world import IMPLICIT_SPLITS
+from eru_jax.training.evaluation import Evaluation, gallery, selected
+from eru_jax.training.experiment import Experiment
+from eru_jax.training.pictures import image_grid, save_png
+from eru_jax.training.report import GalleryRow
+
+TITLES = {'base': 'Base', 'dk_dm': 'After DK-DM', 'no_rl': 'After NO-RL'}
+# Unseen wordings first: they are what the method is for.
+_ORDER = ('wording', 'train', 'fact', 'explicit', 'unrelated')
+
+
+def gallery_rows(
+  experiment: Experiment, evaluations: Mapping[str, Evaluation]
+) -> list[GalleryRow]:
+  """The report's rows: target, the base on the explicit prompt, then every stage's picture."""
+  rows = []
+  for split in _ORDER:
+    if split not in experiment.world.splits or not evaluations:
+      continue
+    pairs, answers = selected(experiment, split)
+    for place, row in enumerate(gallery(experiment, split)):
+      pictures = []
+      if split in IMPLICIT_SPLITS and 'base' in evaluations:
+        anchors = evaluations['base'].generated[f'{split} anchors']
+        right = bool(anchors.shown[place] == answers[row])
+        pictures.append(('Base, explicit prompt', anchors.images[place], right))
+      for label, evaluation in evaluations.items():
+        generated = evaluation.generated[split]
+        right = bool(generated.shown[row] == answers[row])
+        pictures.append((TITLES.get(label, label), generated.images[row], right))
+      pair = pairs[row]
+      anchor = pair.explicit if split in IMPLICIT_SPLITS else ''
+      target = experiment.world.pictures.images[answers[row]]
+      rows.append(GalleryRow(pair.implicit, anchor, split, target, pictures))
+  return rows
+
+
+def save_grids(directory: pathlib.Path, rows: Sequence[GalleryRow]) -> None:
+  """One PNG a split: prompts down, target and stages across."""
+  directory.mkdir(parents=True, exist_ok=True)
+  for split in dict.fromkeys(row.split for row in rows):
+    images, labels = [], []
+    for row in (r for r in rows if r.split == split):
+      columns = 1 + len(row.pictures)
+      images += [row.target, *(image for _, image, _ in row.pictures)]
+      labels += [row.prompt, *(title for title, _, _ in row.pictures)]
+    save_png(directory / f'{split}.png', image_grid(np.stack(images), columns, labels, scale=2))

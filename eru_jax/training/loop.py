@@ -1,0 +1,156 @@
+"""Runs one stage to its end: batches in, checkpoints and metrics out, resumable at any step."""
+
+import dataclasses
+import pathlib
+import signal
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from eru_jax import sharding
+from eru_jax.errors import UserError
+from eru_jax.training.checkpoint import StageCheckpoints
+from eru_jax.training.config import StageConfig
+from eru_jax.training.metrics import MetricWriter, Progress
+from eru_jax.training.state import init_state
+from eru_jax.training.step import StageProgram, compile_stage
+
+PyTree = Any
+# Updates in a row that may be skipped for non-finite values before the run gives up.
+MAX_SKIPPED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage, ready to run.
+
+  Attributes:
+    program: its pure functions.
+    trainable: initial trainable parameters, laid out over the mesh as they are to stay.
+    make_frozen: makes what the program only reads (teacher pictures and the like). Called only
+      if there is anything left to train.
+    batches: iterator of index batches, with `get_state` and `set_state`.
+    assemble: index batch -> arrays for the program.
+  """
+
+  program: StageProgram
+  trainable: PyTree
+  make_frozen: Callable[[], PyTree]
+  batches: Iterator[Any]
+  assemble: Callable[[Any], PyTree]
+
+
+class Preemption:
+  """Notices SIGTERM, so that the loop can save and leave between two iterations."""
+
+  def __init__(self):
+    self.requested = False
+
+  def __enter__(self) -> 'Preemption':
+    self._previous = signal.signal(signal.SIGTERM, self._notice)
+    return self
+
+  def __exit__(self, *unused) -> None:
+    signal.signal(signal.SIGTERM, self._previous)
+
+  def _notice(self, number: int, frame: types.FrameType | None) -> None:
+    del number, frame
+    self.requested = True
+
+
+def run_stage(
+  name: str,
+  stage: Stage,
+  config: StageConfig,
+  key: jax.Array,
+  mesh: Mesh,
+  workdir: pathlib.Path,
+  writer: MetricWriter,
+  stage_order: tuple[str, ...],
+) -> PyTree:
+  """Trains a stage, continuing from its newest checkpoint if it has one.
+
+  Args:
+    name: the stage's name, also of its checkpoint directory.
+    stage: what to run.
+    config: how long, how fast, how often to save.
+    key: the stage's randomness; each iteration folds its step in.
+    mesh: devices; the optimiser's state is laid out over it like the parameters.
+    workdir: checkpoints go to workdir/checkpoints/<name>.
+    writer: metrics go here.
+    stage_order: all stages of the run, to cut metrics that a killed run wrote too many.
+
+  Returns:
+    The moving average of the trained parameters.
+
+  Raises:
+    UserError: if too many updates in a row are not finite, or the disk is full.
+    SystemExit: with status 0, after saving, on SIGTERM.
+  """
+  program = stage.program
+  num_updates = config.num_steps * program.updates_per_batch
+  optimizer = config.optimizer.build(num_updates)
+  trainable = stage.trainable
+  fresh = jax.eval_shape(
+    lambda p: init_state(p, optimizer, behaviour=program.behaviour_rate is not None), trainable
+  )
+  placed = jax.tree.map(lambda x: x.sharding, trainable)
+  layout = sharding.shardings_like(fresh, trainable, placed, mesh)
+  like = jax.tree.map(
+    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), fresh, layout
+  )
+  checkpoints = StageCheckpoints(workdir / 'checkpoints' / name)
+  restored = checkpoints.restore(like)
+  if restored is None:
+    start = jax.jit(
+      lambda p: init_state(p, optimizer, behaviour=program.behaviour_rate is not None),
+      out_shardings=layout,
+    )
+    state = start(trainable)
+  else:
+    state, position = restored
+    stage.batches.set_state(position)
+  first = int(state.step)
+
+  if first < config.num_steps:
+    # What a killed run wrote after this checkpoint will be written again.
+    writer.truncate_after(stage_order, name, first)
+    frozen = stage.make_frozen()
+    iterate = compile_stage(program, optimizer, config.optimizer.ema_decay, layout)
+    progress = Progress(config.num_steps, name, initial=first)
+    with Preemption() as preemption:
+      for step in range(first, config.num_steps):
+        began = time.monotonic()
+        batch = stage.assemble(next(stage.batches))
+        state, measurements = iterate(state, frozen, batch, key)
+        done = step + 1
+        if done % config.log_every == 0 or done in (1, config.num_steps):
+          values = {k: float(np.asarray(v)) for k, v in measurements.items()}
+          values['time_per_step'] = time.monotonic() - began
+          writer.write(name, done, values)
+          _check_health(name, done, values, config)
+          progress.update(done, loss=values['loss'])
+        if done % config.save_every == 0 or done == config.num_steps or preemption.requested:
+          writer.flush()
+          checkpoints.save(done, state, stage.batches.get_state())
+        if preemption.requested and done < config.num_steps:
+          progress.close()
+          checkpoints.close()
+          raise SystemExit(0)
+    progress.close()
+  checkpoints.close()
+  return state.ema
+
+
+def _check_health(name: str, step: int, values: dict[str, float], config: StageConfig) -> None:
+  if values['skipped'] >= MAX_SKIPPED:
+    raise UserError(
+      f'{name}: the loss or its gradient was not finite in the last {int(values["skipped"])} '
+      f'updates up to step {step}, so none of them was applied; lower '
+      f'{name}.optimizer.learning_rate ({config.optimizer.learning_rate:g}) or clip_norm.'
+    )

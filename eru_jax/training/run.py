@@ -1,0 +1,228 @@
+"""A whole experiment, told from config to report."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+
+from eru_jax import sharding
+from eru_jax.data.world import load_world
+from eru_jax.errors import UserError
+from eru_jax.files import replace_file
+from eru_jax.rewards.emoji import TemplateJudge
+from eru_jax.training import config as config_lib
+from eru_jax.training import experiment as experiment_lib
+from eru_jax.training import workdir as workdir_lib
+from eru_jax.training.evaluation import Evaluation, evaluate
+from eru_jax.training.experiment import Experiment, Snapshot
+from eru_jax.training.gallery import gallery_rows, save_grids
+from eru_jax.training.loop import run_stage
+from eru_jax.training.metrics import MetricWriter, read_metrics
+from eru_jax.training.report import ReportData, write_report
+from eru_jax.training.stages import STAGES
+from eru_jax.weights import model_directory
+
+# Stages that make or change the backbone, and the name their result is evaluated under.
+_EVALUATED = {'flow_matching': 'base', 'dk_dm': 'dk_dm', 'no_rl': 'no_rl'}
+_NOTES = ('Pictures: Twemoji, graphics by Twitter, Inc. and other contributors, CC-BY 4.0.',)
+
+
+def train(config_values: Any, workdir: str) -> None:
+  """Runs, or continues, the experiment of a config in a workdir.
+
+  Raises:
+    UserError: for whatever the user can mend.
+  """
+  began = time.monotonic()
+  config = config_lib.from_mapping(config_lib.ExperimentConfig, config_values)
+  directory = pathlib.Path(workdir).expanduser().absolute()
+  workdir_lib.claim(directory, config_lib.to_json(config))
+  summary_path = directory / 'summary.json'
+  if summary_path.is_file():
+    print(f'This run is finished: {directory / "report.html"}')
+    return
+
+  seconds = _Stopwatch(directory / 'seconds.json')
+  enable_compilation_cache()
+  mesh = sharding.make_mesh(config.mesh)
+  print_plan(config, mesh)
+
+  with seconds('load'):
+    world = load_world(
+      config.data.pairs, experiment_lib.cache_directory(), config.data.wordings_per_fact
+    )
+    prompts = [*world.pictures.names, *world.all_prompts]
+    text = experiment_lib.open_text(config.model.text_length, prompts)
+    snapshot = experiment_lib.load_snapshot(config, mesh)
+  experiment = Experiment(config, mesh, world, text)
+  judge = TemplateJudge(world.pictures.images)
+  evaluations: dict[str, Evaluation] = {}
+
+  def measure(label: str, snapshot: Snapshot) -> None:
+    found = workdir_lib.load_evaluation(directory, label)
+    if found is None:
+      with seconds(f'evaluate {label}'):
+        found = evaluate(experiment, snapshot, judge, evaluations.get('base'))
+      workdir_lib.save_evaluation(directory, label, found)
+    evaluations[label] = found
+    print(f'{label:>10}: ' + describe(found.scores), flush=True)
+
+  with MetricWriter(directory, config.wandb_project or None) as writer, jax.set_mesh(mesh):
+    if config.model.source != 'scratch':
+      measure('base', snapshot)
+    for name in config.stages:
+      module = STAGES[name]
+      stage_config = config.stage(name)
+      with seconds(name):
+        stage = module.build(experiment, snapshot, stage_config)
+        key = experiment.key(f'stage {name}')
+        params = run_stage(
+          name, stage, stage_config, key, mesh, directory, writer, config.stages
+        )
+        snapshot = module.absorb(experiment, snapshot, params)
+      if name in _EVALUATED:
+        measure(_EVALUATED[name], snapshot)
+    if config.model.source == 'scratch':
+      model_directory.save(directory / 'model', stored_model(config, snapshot))
+
+  summary = {
+    'stages': {label: found.scores for label, found in evaluations.items()},
+    'seconds': {**seconds.total, 'this start': time.monotonic() - began},
+    'peak_memory_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 1e9,
+    'versions': versions(),
+  }
+  rows = gallery_rows(experiment, evaluations)
+  save_grids(directory / 'samples', rows)
+  report = write_report(
+    directory,
+    ReportData(
+      config.title,
+      summary,
+      rows,
+      read_metrics(directory / 'metrics.jsonl'),
+      json.dumps(config_lib.to_json(config), indent=2),
+      _NOTES,
+    ),
+  )
+  replace_file(summary_path, (json.dumps(summary, indent=2) + '\n').encode())
+  print(f'Report: {report}')
+
+
+def stored_model(config: config_lib.ExperimentConfig, snapshot: Snapshot):
+  """What a pretraining run hands on as a model directory."""
+  settings = {
+    'text_encoder': 'minilm',
+    'text_length': config.model.text_length,
+    'resolution': config.model.resolution,
+    'sampling': dataclasses.asdict(config.sampling),
+  }
+  return model_directory.StoredModel(
+    snapshot.model.family,
+    snapshot.model.backbone.config,
+    jax.device_get(snapshot.backbone),
+    snapshot.model.autoencoder.config,
+    jax.device_get(snapshot.autoencoder),
+    settings,
+    None if snapshot.reward is None else jax.device_get(snapshot.reward),
+  )
+
+
+def describe(scores: dict[str, Any]) -> str:
+  """One line of an evaluation: every split's accuracy and the drift."""
+  parts = [
+    f'{split} {100 * value["accuracy"]:.1f} %'
+    for split, value in scores.items()
+    if isinstance(value, dict)
+  ]
+  if 'unrelated_drift' in scores:
+    parts.append(f'drift {scores["unrelated_drift"]:.3f}')
+  return ', '.join(parts)
+
+
+def print_plan(config: config_lib.ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
+  """Prints the batch arithmetic, which is what users of RL code misread most."""
+  devices = mesh.devices.size
+  share = mesh.shape['data'] * mesh.shape['fsdp']
+  kind = mesh.devices.flat[0].device_kind
+  print(f'{devices} device(s) of kind {kind}, mesh {dict(mesh.shape)}')
+  for name in config.stages:
+    stage = config.stage(name)
+    if name == 'dk_dm':
+      kept = stage.rollouts * stage.states_per_rollout
+      sizes = {
+        'teacher states': stage.teacher_batch,
+        f'rollout states ({stage.rollouts} rollouts x {stage.states_per_rollout})': kept,
+        'preservation states': stage.preservation_batch,
+      }
+    elif name == 'no_rl':
+      images = stage.prompts_per_step * stage.images_per_prompt
+      states = images * stage.timesteps_per_image
+      updates = stage.updates_per_step
+      sizes = {
+        f'rollouts ({stage.prompts_per_step} prompts x {stage.images_per_prompt} images)': images,
+        f'states ({stage.timesteps_per_image} timesteps each) in {updates} updates': states,
+      }
+    else:
+      sizes = {'examples': stage.batch_size}
+    text = ' + '.join(f'{size} {what}' for what, size in sizes.items())
+    print(f'{name}: {stage.num_steps} steps of {text}, accumulation {stage.accumulation}')
+    for what, size in sizes.items():
+      if size % (share * stage.accumulation):
+        raise UserError(
+          f'{name}: {size} {what} cannot be split over {share} devices (data x fsdp) x '
+          f'{stage.accumulation} accumulation steps: choose a multiple.'
+        )
+  sys.stdout.flush()
+
+
+def enable_compilation_cache() -> None:
+  """Compiled programs outlive the process: a second start compiles (almost) nothing."""
+  directory = experiment_lib.cache_directory() / 'xla'
+  jax.config.update('jax_compilation_cache_dir', str(directory))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def versions() -> dict[str, str]:
+  names = ('eru_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+  found = {'python': platform.python_version()}
+  for name in names:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return {**found, 'device': jax.devices()[0].device_kind, 'cores': str(os.cpu_count())}
+
+
+# getrusage counts in kilobytes on Linux, in bytes on macOS.
+_MAXRSS_UNIT = 1 if sys.platform == 'darwin' else 1024
+
+
+class _Stopwatch:
+  """Seconds by phase, over all starts of a run."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    try:
+      self.total = json.loads(path.read_text())
+    except (OSError, ValueError):
+      self.total = {}
+
+  def __call__(self, phase: str) -> '_Stopwatch':
+    self._phase, self._began = phase, time.monotonic()
+    return self
+
+  def __enter__(self) -> None:
+    return None
+
+  def __exit__(self, *unused) -> None:
+    spent = time.monotonic() - self._began
+    self.total[self._phase] = self.total.get(self._phase, 0.0) + spent
+    replace_file(self._path, json.dumps(self.total).encode())

@@ -1,0 +1,165 @@
+"""The training state, the optimiser, and one guarded parameter update."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from eru_jax.errors import UserError
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a stage changes as it trains, and so all that a checkpoint holds.
+
+  Attributes:
+    step: () int32, iterations done.
+    params: the trainable parameters: an adapter, or a whole network.
+    ema: exponential moving average of params; what is evaluated and handed to the next stage.
+    opt_state: the optimiser's state.
+    behaviour: the policy that makes rollouts (NO-RL's slowly following old policy), else None.
+    updates: () int32, parameter updates made; an iteration may hold several.
+    skipped: () int32, updates skipped because of a non-finite loss or gradient, in a row.
+  """
+
+  step: jax.Array
+  params: PyTree
+  ema: PyTree
+  opt_state: PyTree
+  behaviour: PyTree | None
+  updates: jax.Array
+  skipped: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with linear warm-up and an optional cosine decay.
+
+  Attributes:
+    learning_rate: peak learning rate.
+    warmup_steps: updates of linear warm-up.
+    decay: 'constant' or 'cosine' (to zero at the stage's last update).
+    b1: first-moment decay.
+    b2: second-moment decay.
+    weight_decay: decoupled weight decay, on matrices only.
+    clip_norm: gradients are scaled down to this global norm.
+    ema_decay: asymptotic decay of the parameter average; warmed up as (1 + n) / (10 + n).
+  """
+
+  learning_rate: float = 1e-4
+  warmup_steps: int = 0
+  decay: str = 'constant'
+  b1: float = 0.9
+  b2: float = 0.999
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  ema_decay: float = 0.99
+
+  def __post_init__(self):
+    rules = {
+      'learning_rate': (self.learning_rate > 0, 'positive'),
+      'warmup_steps': (self.warmup_steps >= 0, 'zero or more'),
+      'decay': (self.decay in ('constant', 'cosine'), "'constant' or 'cosine'"),
+      'b1': (0 <= self.b1 < 1, 'in [0, 1)'),
+      'b2': (0 <= self.b2 < 1, 'in [0, 1)'),
+      'weight_decay': (self.weight_decay >= 0, 'zero or more'),
+      'clip_norm': (self.clip_norm > 0, 'positive'),
+      'ema_decay': (0 <= self.ema_decay < 1, 'in [0, 1)'),
+    }
+    for name, (valid, wanted) in rules.items():
+      if not valid:
+        raise UserError(f'optimizer.{name} is {getattr(self, name)!r} but must be {wanted}.')
+
+  def build(self, num_updates: int) -> optax.GradientTransformation:
+    """The optimiser for a stage of `num_updates` parameter updates."""
+    if self.decay == 'cosine':
+      schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if self.warmup_steps else self.learning_rate,
+        self.learning_rate,
+        self.warmup_steps,
+        max(num_updates, self.warmup_steps + 1),
+      )
+    elif self.warmup_steps:
+      schedule = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+    else:
+      schedule = self.learning_rate
+    return optax.chain(
+      optax.clip_by_global_norm(self.clip_norm),
+      optax.adamw(
+        schedule,
+        self.b1,
+        self.b2,
+        weight_decay=self.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+      ),
+    )
+
+
+def init_state(
+  params: PyTree, optimizer: optax.GradientTransformation, *, behaviour: bool = False
+) -> TrainState:
+  """A fresh state at step 0; `behaviour` adds a rollout policy that starts at params."""
+
+  def copy() -> PyTree:
+    return jax.tree.map(jnp.array, params)
+
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=copy(),
+    ema=copy(),
+    opt_state=optimizer.init(params),
+    behaviour=copy() if behaviour else None,
+    updates=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+  )
+
+
+def interpolate_trees(old: PyTree, new: PyTree, weight: jax.Array | float) -> PyTree:
+  """(1 - weight) old + weight new, leaf by leaf, in the leaves' dtype."""
+  return jax.tree.map(lambda a, b: (a + weight * (b - a)).astype(a.dtype), old, new)
+
+
+def apply_gradients(
+  state: TrainState,
+  grads: PyTree,
+  loss: jax.Array,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update of params and their average, or none at all if anything is not finite.
+
+  Returns:
+    The new state (step untouched: an iteration may hold several updates) and the measurements
+    `grad_norm`, `update_norm`, `param_norm` and `skipped`.
+  """
+  grad_norm = optax.global_norm(grads)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  # The average follows young parameters closely and old ones slowly.
+  done = state.updates.astype(jnp.float32)
+  decay = jnp.minimum(ema_decay, (1 + done) / (10 + done))
+  ema = interpolate_trees(state.ema, params, 1 - decay)
+
+  def keep(new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+  state = state.replace(
+    params=keep(params, state.params),
+    ema=keep(ema, state.ema),
+    opt_state=keep(opt_state, state.opt_state),
+    updates=state.updates + finite.astype(jnp.int32),
+    skipped=jnp.where(finite, 0, state.skipped + 1).astype(jnp.int32),
+  )
+  measurements = {
+    'grad_norm': grad_norm,
+    'update_norm': optax.global_norm(updates),
+    'param_norm': optax.global_norm(params),
+    'skipped': state.skipped.astype(jnp.float32),
+  }
+  return state, measurements

@@ -1,0 +1,167 @@
+"""A model on disk: diffusers' folders `transformer/` and `vae/`, plus our `eru_jax.json`.
+
+The toy base that ships with the package and a FLUX snapshot share this layout, so that one loader
+serves both. The toy adds `reward/`, the classifier of its world, and names its text encoder.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+
+from eru_jax.errors import UserError
+from eru_jax.files import replace_file
+from eru_jax.models import autoencoder_kl, registry
+from eru_jax.weights import autoencoder_kl as autoencoder_table
+from eru_jax.weights import flux as flux_table
+from eru_jax.weights import table
+from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
+
+PyTree = Any
+_WEIGHTS = 'diffusion_pytorch_model.safetensors'
+# Family -> (rows, counts) of its backbone's weight table, both functions of the architecture.
+_TABLES: dict[str, tuple[Callable[[Any], Sequence[table.Row]], Callable[[Any], Mapping]]] = {
+  'flux': (flux_table.rows, flux_table.counts),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+  """What a model directory holds.
+
+  Attributes:
+    family: the model family.
+    architecture: config of the backbone.
+    backbone: its parameters, nested dict of float32 numpy arrays.
+    autoencoder_config: config of the autoencoder, latent scale included.
+    autoencoder: its parameters.
+    settings: contents of eru_jax.json: `text_encoder`, `text_length`, `resolution`, `sampling`.
+    reward: parameters of the reward classifier, or None.
+  """
+
+  family: registry.ModelFamily
+  architecture: Any
+  backbone: PyTree
+  autoencoder_config: autoencoder_kl.AutoencoderConfig
+  autoencoder: PyTree
+  settings: Mapping[str, Any]
+  reward: PyTree | None = None
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise UserError(
+      f'{path} is missing: a model directory holds eru_jax.json, transformer/ and vae/.'
+    ) from None
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} cannot be read: {error}.') from error
+
+
+def _float32(tree: PyTree) -> PyTree:
+  return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+
+
+def load(directory: str | pathlib.Path) -> StoredModel:
+  """Reads a model directory.
+
+  Raises:
+    UserError: if it is missing, or a file in it is damaged, of another model or another shape.
+  """
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    raise UserError(
+      f'There is no model directory {directory}: give `emoji_base` or a directory with '
+      'eru_jax.json, transformer/ and vae/.'
+    )
+  settings = _read_json(directory / 'eru_jax.json')
+  family = registry.family(settings.get('family', ''))
+  architecture = family.config.from_dict(_read_json(directory / 'transformer' / 'config.json'))
+  rows, counts = _TABLES[family.name]
+  tensors = read_safetensors(directory / 'transformer' / _WEIGHTS)
+  backbone = table.to_flax(
+    tensors, rows(architecture), counts(architecture), shapes=_backbone_shapes(family, architecture)
+  )
+  config = autoencoder_kl.AutoencoderConfig.from_dict(_read_json(directory / 'vae' / 'config.json'))
+  tensors = read_safetensors(directory / 'vae' / _WEIGHTS)
+  autoencoder = table.to_flax(
+    tensors, autoencoder_table.rows(config), autoencoder_table.counts(config)
+  )
+  reward = None
+  if (directory / 'reward').is_dir():
+    reward = traverse_util.unflatten_dict(
+      read_safetensors(directory / 'reward' / 'model.safetensors'), sep='/'
+    )
+    reward = _float32(reward)
+  return StoredModel(
+    family, architecture, _float32(backbone), config, _float32(autoencoder), settings, reward
+  )
+
+
+def _backbone_shapes(family: registry.ModelFamily, architecture: Any) -> PyTree:
+  """Shapes the backbone's parameters must have, without making them."""
+  import flax.linen as nn
+  import jax.numpy as jnp
+
+  from eru_jax.types import Conditioning
+
+  def init():
+    conditioning = Conditioning(
+      tokens=jnp.zeros((1, 1, architecture.joint_attention_dim)),
+      pooled=jnp.zeros((1, architecture.pooled_projection_dim)),
+    )
+    ids, x = family.latent_ids(1, 1), jnp.zeros((1, 1, architecture.in_channels))
+    t = jnp.zeros(1)
+    return nn.unbox(
+      family.backbone(architecture).init(jax.random.key(0), x, t, conditioning, ids, t)['params']
+    )
+
+  return jax.eval_shape(init)
+
+
+def save(directory: str | pathlib.Path, model: StoredModel, dtype: Any = ml_dtypes.bfloat16):
+  """Writes a model directory; every file of it appears whole or not at all.
+
+  Args:
+    directory: where; made if needed.
+    model: what to store.
+    dtype: of the stored tensors.
+
+  Raises:
+    UserError: if a file cannot be written.
+  """
+  directory = pathlib.Path(directory)
+
+  def stored(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: np.asarray(x).astype(dtype), tree)
+
+  def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    replace_file(path, (json.dumps(values, indent=2) + '\n').encode())
+
+  rows, counts = _TABLES[model.family.name]
+  architecture, config = model.architecture, model.autoencoder_config
+  for name in ('transformer', 'vae', *(['reward'] if model.reward is not None else [])):
+    (directory / name).mkdir(parents=True, exist_ok=True)
+  write_safetensors(
+    directory / 'transformer' / _WEIGHTS,
+    table.to_torch(stored(model.backbone), rows(architecture), counts(architecture)),
+  )
+  write_safetensors(
+    directory / 'vae' / _WEIGHTS,
+    table.to_torch(
+      stored(model.autoencoder), autoencoder_table.rows(config), autoencoder_table.counts(config)
+    ),
+  )
+  if model.reward is not None:
+    flat = traverse_util.flatten_dict(stored(model.reward), sep='/')
+    write_safetensors(directory / 'reward' / 'model.safetensors', flat)
+  write_json(directory / 'transformer' / 'config.json', architecture.to_dict())
+  write_json(directory / 'vae' / 'config.json', config.to_dict())
+  write_json(directory / 'eru_jax.json', {**model.settings, 'family': model.family.name})

@@ -1,0 +1,122 @@
+"""Prompt files: what is read, what is refused, and in which words."""
+
+import json
+
+import pytest
+
+from eru_jax.data import pairs
+from eru_jax.data.pairs import KnowledgePair
+from eru_jax.errors import UserError
+
+_APPLE = {'implicit': 'the fruit that keeps the doctor away', 'explicit': 'red apple'}
+_BUTTERFLY = {'implicit': 'what a caterpillar becomes', 'explicit': 'butterfly'}
+
+
+@pytest.fixture
+def write(tmp_path):
+  def _write(*rows):
+    path = tmp_path / 'prompts.jsonl'
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text('\n'.join(lines), encoding='utf-8')
+    return path
+
+  return _write
+
+
+def test_reads_pairs_and_fills_what_is_missing(write):
+  full = {**_BUTTERFLY, 'category': 'biology', 'split': 'test', 'id': 'b', 'subject_span': [7, 18]}
+  got = pairs.read_prompt_file(write(_APPLE, '', {**full, 'image': None}))
+  assert got == [
+    KnowledgePair(**_APPLE, id='prompts:1'),
+    KnowledgePair(**_BUTTERFLY, category='biology', split='test', id='b', subject_span=(7, 18)),
+  ]
+  assert got[0].split == 'train' and got[0].category is None
+
+
+def test_reads_a_byte_order_mark_windows_newlines_and_line_separators(tmp_path):
+  path = tmp_path / 'p.jsonl'
+  text = json.dumps(_APPLE) + '\r\n' + '{"implicit": "a\u2028b", "explicit": "c"}\r\n'
+  path.write_bytes(b'\xef\xbb\xbf' + text.encode('utf-8'))
+  assert [pair.implicit for pair in pairs.read_prompt_file(path)][1] == 'a\u2028b'
+
+
+@pytest.mark.parametrize(
+  'rows, words',
+  [
+    (['{"implicit": "a", "explicit": "b"', _APPLE], ['line 1', 'malformed JSON']),
+    ([_APPLE, '"text"'], ['line 2', 'expected a JSON object']),
+    ([_APPLE, '[{"implicit": "a", "explicit": "b"}]'], ['line 2', 'JSON Lines']),
+    (['[', '{"implicit": "a", "explicit": "b"}', ']'], ['line 1', 'JSON Lines']),
+    (['[{"implicit": "a", "explicit": "b"},'], ['line 1', 'JSON Lines']),
+    ([_APPLE, {'implicit': 'a'}], ['line 2', "'explicit' is missing"]),
+    ([{**_APPLE, 'implicit': None}], ['line 1', "'implicit' is missing"]),
+    ([{**_APPLE, 'explicit': '  '}], ['line 1', "'explicit' is empty"]),
+    ([{**_APPLE, 'explicit': ['x']}], ['line 1', "'explicit' is ['x']", 'a string']),
+    ([{**_APPLE, 'id': 7}], ['line 1', "'id' is 7", 'a string']),
+    ([{**_APPLE, 'catgory': 'x'}], ['line 1', "'catgory'", 'implicit, explicit', 'category']),
+    (['{"implicit": "a", "implicit": "b", "explicit": "c"}'], ["'implicit' occurs twice"]),
+    ([{**_APPLE, 'subject_span': [4, 99]}], ['line 1', 'subject_span', '<= 36']),
+    ([{**_APPLE, 'subject_span': [True, 2]}], ['line 1', 'subject_span']),
+    ([{**_APPLE, 'explicit': '\ud83d'}], ['line 1', 'surrogate']),
+    (['[' * 100_000], ['line 1']),
+    (['{"implicit": ' + '1' * 5000 + '}'], ['line 1']),
+    ([{**_APPLE, 'id': 'a'}, '', {**_BUTTERFLY, 'id': 'a'}], ['line 3', "'a'", 'line 1']),
+    ([{**_APPLE, 'id': 'prompts:2'}, _BUTTERFLY], ['line 2', 'line 1']),
+    (
+      [_APPLE, {**_APPLE, 'implicit': 'The fruit  that keeps the DOCTOR away', 'split': 'test'}],
+      ['line 2', "'test'", 'line 1', "'train'"],
+    ),
+    ([''], ['holds no prompts']),
+  ],
+)
+def test_refuses_in_one_sentence_that_names_file_and_line(write, rows, words):
+  path = write(*rows)
+  with pytest.raises(UserError) as error:
+    pairs.read_prompt_file(path)
+  message = str(error.value)
+  assert str(path) in message and '\n' not in message
+  for word in words:
+    assert word in message
+
+
+def test_refuses_files_that_cannot_be_read(tmp_path):
+  with pytest.raises(UserError, match='no prompt file .*absent.jsonl'):
+    pairs.read_prompt_file(tmp_path / 'absent.jsonl')
+  with pytest.raises(UserError, match='cannot be read'):
+    pairs.read_prompt_file(tmp_path)
+  path = tmp_path / 'latin.jsonl'
+  path.write_bytes(json.dumps(_APPLE).encode() + b'\n\n"caf\xe9"')
+  with pytest.raises(UserError, match='latin.jsonl, line 3: not UTF-8'):
+    pairs.read_prompt_file(path)
+
+
+def test_the_same_prompt_twice_in_one_split_is_allowed(write):
+  assert len(pairs.read_prompt_file(write(_APPLE, {**_APPLE, 'explicit': 'apple'}))) == 2
+
+
+def test_written_files_read_back_equal(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  written = [
+    KnowledgePair('crêpe weather', 'snow', 'culture', 'test', 'a/1', (0, 5), 'x/y.png'),
+    KnowledgePair(**_BUTTERFLY, id='b'),
+  ]
+  pairs.write_prompt_file(path, written)
+  assert pairs.read_prompt_file(path) == written
+  assert 'crêpe' in path.read_text(encoding='utf-8')
+  assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_refused_write_leaves_the_old_file(tmp_path):
+  path = tmp_path / 'out.jsonl'
+  pairs.write_prompt_file(path, [KnowledgePair(**_APPLE, id='a')])
+  before = path.read_bytes()
+  with pytest.raises(UserError, match='Not written.*out.jsonl, line 2.*already'):
+    pairs.write_prompt_file(path, [KnowledgePair(**_APPLE, id='a')] * 2)
+  assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == [path]
+  with pytest.raises(UserError, match='cannot be written'):
+    pairs.write_prompt_file(tmp_path / 'none' / 'x.jsonl', [KnowledgePair(**_APPLE)])
+
+
+def test_by_split_keeps_order():
+  items = [KnowledgePair(str(i), 'x', split='ab'[i % 2]) for i in range(4)]
+  assert pairs.by_split(items) == {'a': items[::2], 'b': items[1::2]}
