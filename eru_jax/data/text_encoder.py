@@ -54,7 +54,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
     if categories <= _BLANK:
       raise UserError(f'Prompt {index} ({prompt!r}) is empty: remove it or give it words.')
     if 'Cs' in categories:
-      raise UserError(f'Prompt {index} ({prompt!r}) holds half a surrogate pair: mend its encoding.')
+      raise UserError(f'Prompt {index} ({prompt!r}) holds half a surrogate pair: re-encode it.')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -83,7 +83,8 @@ class DiffusionModel:
     family: what the backbone is.
     backbone: its module.
     autoencoder: module of the autoencoder.
-    resolution: edge of the pictures in pixels.
+    height: of the pictures, in pixels.
+    width: likewise.
     guidance: guidance scale fed to a guidance-distilled backbone.
     lora: adapter rules; empty if whole networks are trained.
   """
@@ -91,14 +92,17 @@ class DiffusionModel:
   family: ModelFamily
   backbone: nn.Module
   autoencoder: autoencoder_kl.AutoencoderKL
-  resolution: int
+  height: int
+  width: int
   guidance: float = 3.5
   lora: tuple[lora_lib.LoraRule, ...] = ()
 
   def __post_init__(self):
     step = self.family.packing * self.autoencoder.config.downscale
-    if self.resolution % step:
-      raise UserError(f'Resolution {self.resolution} must be a multiple of {step} for this model.')
+    if min(self.height, self.width) < step or self.height % step or self.width % step:
+      raise UserError(
+        f'Pictures of {self.height} x {self.width} pixels: this model needs multiples of {step}.'
+      )
     channels = self.family.packing**2 * self.autoencoder.config.latent_channels
     if channels != self.backbone.config.in_channels:
       raise UserError(
@@ -107,14 +111,16 @@ class DiffusionModel:
       )
 
   @property
-  def grid(self) -> int:
-    """Tokens along each edge of the packed latent grid."""
-    return self.resolution // (self.family.packing * self.autoencoder.config.downscale)
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns of tokens in the packed latent grid."""
+    step = self.family.packing * self.autoencoder.config.downscale
+    return self.height // step, self.width // step
 
   @property
   def latent_shape(self) -> tuple[int, int]:
     """(tokens, channels) of one picture's packed latents."""
-    return self.grid**2, self.backbone.config.in_channels
+    rows, columns = self.grid
+    return rows * columns, self.backbone.config.in_channels
 
   def init(self, key: jax.Array, text_length: int) -> PyTree:
     """Random backbone parameters, boxed with their logical axis names."""
@@ -123,7 +129,7 @@ class DiffusionModel:
       tokens=jnp.zeros((1, text_length, cfg.joint_attention_dim)),
       pooled=jnp.zeros((1, cfg.pooled_projection_dim)),
     )
-    ids = self.family.latent_ids(self.grid, self.grid)
+    ids = self.family.latent_ids(*self.grid)
     x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros(1)
     return self.backbone.init(key, x, t, conditioning, ids, jnp.zeros(1))['params']
 
@@ -144,7 +150,7 @@ class DiffusionModel:
       variables = {'params': base, 'lora': lora_lib.variables(trainable, self.lora)}
     else:
       variables = {'params': trainable}
-    ids = self.family.latent_ids(self.grid, self.grid)
+    ids = self.family.latent_ids(*self.grid)
 
     def velocity_fn(x_t: jax.Array, t: jax.Array, conditioning: Conditioning) -> jax.Array:
       guidance = jnp.full(t.shape, self.guidance, jnp.float32)
@@ -160,8 +166,8 @@ class DiffusionModel:
 
   def decode(self, autoencoder_params: PyTree, latents: jax.Array) -> jax.Array:
     """Packed latents to pictures (B, H, W, 3) in [0, 1], float32."""
-    edge = self.grid * self.family.packing
-    z = autoencoder_kl.unpack_latents(latents.astype(jnp.float32), edge, edge)
+    rows, columns = (self.family.packing * tokens for tokens in self.grid)
+    z = autoencoder_kl.unpack_latents(latents.astype(jnp.float32), rows, columns)
     z = autoencoder_kl.unscale_latents(z, self.autoencoder.config)
     images = self.autoencoder.apply({'params': autoencoder_params}, z, method='decode')
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

@@ -6,6 +6,7 @@ range is answered by one sentence that names it.
 
 import dataclasses
 import difflib
+import pathlib
 import types
 import typing
 from collections.abc import Mapping
@@ -61,6 +62,13 @@ class ModelConfig:
       text_length=(self.text_length > 2, 'at least 3'),
       dtype=(self.dtype in ('float32', 'bfloat16'), "'float32' or 'bfloat16'"),
     )
+
+
+def model_path(settings: ModelConfig) -> pathlib.Path:
+  """The model directory that `model.source` names."""
+  if settings.source == 'emoji_base':
+    return pathlib.Path(__file__).parent.parent / 'assets' / 'emoji_base'
+  return pathlib.Path(settings.source).expanduser()
 
 
 @dataclasses.dataclass(frozen=True)

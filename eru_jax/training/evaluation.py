@@ -28,11 +28,13 @@ class Generated:
 
   Attributes:
     images: (N, H, W, 3) uint8.
-    shown: (N,) int32, the class the judge sees in each.
+    shown: (N,) int32, the class the judge sees in each; zeros where none was asked.
+    latents: (N, S, C) float32 final packed latents, or None where they were not kept.
   """
 
   images: np.ndarray
   shown: np.ndarray
+  latents: np.ndarray | None = None
 
 
 def start_noise(model: DiffusionModel, seed: int, name: str, rows: np.ndarray) -> jax.Array:
@@ -48,7 +50,7 @@ def start_noise(model: DiffusionModel, seed: int, name: str, rows: np.ndarray) -
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
   model: DiffusionModel,
-  judge: TemplateJudge,
+  judge: TemplateJudge | None,
   cfg_scale: float,
   backbone: PyTree,
   trainable: PyTree | None,
@@ -61,8 +63,48 @@ def _generate(
   velocity_fn = model.velocity(backbone, trainable)
   latents = model.sample(velocity_fn, noise, conditioning, schedule, null, cfg_scale)
   images = model.decode(autoencoder, latents)
-  shown = judge(images)
+  shown = jnp.zeros(images.shape[0], jnp.int32) if judge is None else judge(images)
   return jnp.round(images * 255).astype(jnp.uint8), shown, latents
+
+
+def draw(
+  experiment: Experiment,
+  snapshot: Snapshot,
+  judge: TemplateJudge | None,
+  prompts: Sequence[str],
+  noise: jax.Array,
+) -> Generated:
+  """Makes one picture of each prompt with the deployed sampler.
+
+  Args:
+    experiment: text, sampler settings and batch size.
+    snapshot: the model.
+    judge: says what each picture shows, or None.
+    prompts: N prompts, all in the experiment's text table.
+    noise: (N, S, C) start noise.
+  """
+  sampling = experiment.config.sampling
+  text = experiment.text.index(prompts)
+  size = min(experiment.config.evaluation.batch_size, len(prompts))
+  parts = []
+  for start in range(0, len(prompts), size):
+    # The last batch is filled up, so that one compiled program serves them all.
+    rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
+    part = _generate(
+      snapshot.model,
+      judge,
+      sampling.cfg_scale,
+      snapshot.backbone,
+      snapshot.trainable,
+      snapshot.autoencoder,
+      jnp.asarray(noise[rows]),
+      experiment.text.take(text[rows]),
+      experiment.text.null,
+      experiment.schedule,
+    )
+    kept = min(size, len(prompts) - start)
+    parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], part))
+  return Generated(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def generate(
@@ -73,40 +115,17 @@ def generate(
   noise_name: str,
   noise_rows: np.ndarray | None = None,
 ) -> Generated:
-  """Makes one picture of each prompt with the deployed sampler.
+  """`draw` from the run's own noise, without latents.
 
   Args:
-    experiment: text, sampler settings, seed and batch size.
-    snapshot: the model.
-    judge: says what each picture shows.
-    prompts: N prompts, all in the experiment's text table.
+    experiment, snapshot, judge, prompts: as in `draw`.
     noise_name: pictures made under the same name share their noise, row by row.
     noise_rows: (N,) rows; 0 .. N-1 if not given.
   """
-  settings, sampling = experiment.config.evaluation, experiment.config.sampling
   rows = np.arange(len(prompts)) if noise_rows is None else noise_rows
-  text = experiment.text.index(prompts)
-  images, shown = [], []
-  size = settings.batch_size
-  for start in range(0, len(prompts), size):
-    # The last batch is filled up, so that one compiled program serves them all.
-    part = np.resize(np.arange(start, min(start + size, len(prompts))), size)
-    picture, seen, _ = _generate(
-      snapshot.model,
-      judge,
-      sampling.cfg_scale,
-      snapshot.backbone,
-      snapshot.trainable,
-      snapshot.autoencoder,
-      start_noise(snapshot.model, settings.seed, noise_name, rows[part]),
-      experiment.text.take(text[part]),
-      experiment.text.null,
-      experiment.schedule,
-    )
-    kept = min(size, len(prompts) - start)
-    images.append(np.asarray(picture)[:kept])
-    shown.append(np.asarray(seen)[:kept])
-  return Generated(np.concatenate(images), np.concatenate(shown))
+  seed = experiment.config.evaluation.seed
+  noise = start_noise(snapshot.model, seed, noise_name, rows)
+  return dataclasses.replace(draw(experiment, snapshot, judge, prompts, noise), latents=None)
 
 
 def spread(count: int, limit: int) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +18,9 @@ from eru_jax import flow, sharding
 from eru_jax.data.embeddings import EmbeddingCache
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.data.text_encoder import TextEncoder, load_minilm
-from eru_jax.data.world import World
+from eru_jax.data.world import World, load_world
 from eru_jax.models import autoencoder_kl, registry
-from eru_jax.training.config import ExperimentConfig, ModelConfig
+from eru_jax.training.config import ExperimentConfig, model_path
 from eru_jax.types import Conditioning, VelocityFn
 from eru_jax.weights import model_directory
 
@@ -115,8 +117,6 @@ class Experiment:
 
 def cache_directory() -> pathlib.Path:
   """Where prepared datasets and embeddings are shared between runs: $ERU_JAX_CACHE or ~/.cache."""
-  import os
-
   return pathlib.Path(
     os.environ.get('ERU_JAX_CACHE', pathlib.Path.home() / '.cache' / 'eru_jax')
   )
@@ -147,16 +147,10 @@ def _build_model(
     backbone,
     autoencoder_kl.AutoencoderKL(autoencoder),
     settings.resolution,
+    settings.resolution,
     config.sampling.guidance,
     config.lora,
   )
-
-
-def model_source(settings: ModelConfig) -> pathlib.Path:
-  """The model directory a config names."""
-  if settings.source == 'emoji_base':
-    return pathlib.Path(__file__).parent.parent / 'assets' / 'emoji_base'
-  return pathlib.Path(settings.source)
 
 
 def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
@@ -177,7 +171,7 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
     images = jnp.zeros((1, pixels, pixels, autoencoder.in_channels // autoencoder.patch_size**2))
     params = init_sharded(lambda: model.autoencoder.init(key, images)['params'], mesh)
     return Snapshot(model, backbone, params)
-  stored = model_directory.load(model_source(settings))
+  stored = model_directory.load(model_path(settings))
   model = _build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
   boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.text_length))
   backbone = jax.device_put(stored.backbone, sharding.logical_shardings(boxed, mesh))
@@ -188,9 +182,26 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
   )
 
 
-def init_sharded(init, mesh: Mesh) -> PyTree:
-  """Runs an initialiser of boxed parameters so that they are born sharded; returns them unboxed."""
-  import flax.linen as nn
+def open_experiment(
+  config: ExperimentConfig, mesh: Mesh, extra_prompts: Sequence[str] = ()
+) -> tuple[Experiment, Snapshot]:
+  """Opens the world, embeds every prompt, and loads the model an experiment starts from.
 
+  Args:
+    config: the experiment.
+    mesh: its devices.
+    extra_prompts: prompts to embed besides those of the world.
+
+  Raises:
+    UserError: for bad data, a bad model, or missing packages.
+  """
+  world = load_world(config.data.pairs, cache_directory(), config.data.wordings_per_fact)
+  prompts = [*world.pictures.names, *world.all_prompts, *extra_prompts]
+  text = open_text(config.model.text_length, prompts)
+  return Experiment(config, mesh, world, text), load_snapshot(config, mesh)
+
+
+def init_sharded(init: Callable[[], PyTree], mesh: Mesh) -> PyTree:
+  """Runs an initialiser of boxed parameters so that they are born sharded; returns them unboxed."""
   layout = sharding.logical_shardings(jax.eval_shape(init), mesh)
   return jax.jit(lambda: nn.unbox(init()), out_shardings=layout)()

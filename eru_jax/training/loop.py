@@ -93,25 +93,12 @@ def run_stage(
     SystemExit: with status 0, after saving, on SIGTERM.
   """
   program = stage.program
-  num_updates = config.num_steps * program.updates_per_batch
-  optimizer = config.optimizer.build(num_updates)
-  trainable = stage.trainable
-  fresh = jax.eval_shape(
-    lambda p: init_state(p, optimizer, behaviour=program.behaviour_rate is not None), trainable
-  )
-  placed = jax.tree.map(lambda x: x.sharding, trainable)
-  layout = sharding.shardings_like(fresh, trainable, placed, mesh)
-  like = jax.tree.map(
-    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), fresh, layout
-  )
+  optimizer, start, like = _initialiser(stage, config, mesh)
+  layout = jax.tree.map(lambda x: x.sharding, like)
   checkpoints = StageCheckpoints(workdir / 'checkpoints' / name)
   restored = checkpoints.restore(like)
   if restored is None:
-    start = jax.jit(
-      lambda p: init_state(p, optimizer, behaviour=program.behaviour_rate is not None),
-      out_shardings=layout,
-    )
-    state = start(trainable)
+    state = jax.jit(start, out_shardings=layout)(stage.trainable)
   else:
     state, position = restored
     stage.batches.set_state(position)
@@ -145,6 +132,40 @@ def run_stage(
     progress.close()
   checkpoints.close()
   return state.ema
+
+
+def _initialiser(stage: Stage, config: StageConfig, mesh: Mesh) -> tuple[Any, Callable, PyTree]:
+  """The optimiser, params -> fresh state, and the state's shapes, dtypes and shardings."""
+  program = stage.program
+  optimizer = config.optimizer.build(config.num_steps * program.updates_per_batch)
+
+  def start(params):
+    return init_state(params, optimizer, behaviour=program.behaviour_rate is not None)
+
+  fresh = jax.eval_shape(start, stage.trainable)
+  placed = jax.tree.map(lambda x: x.sharding, stage.trainable)
+  layout = sharding.shardings_like(fresh, stage.trainable, placed, mesh)
+  like = jax.tree.map(
+    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), fresh, layout
+  )
+  return optimizer, start, like
+
+
+def load_result(
+  name: str, stage: Stage, config: StageConfig, mesh: Mesh, workdir: pathlib.Path
+) -> PyTree | None:
+  """The averaged parameters of a stage that has been trained in a workdir, or None.
+
+  Raises:
+    UserError: if the stage's checkpoints are damaged.
+  """
+  directory = workdir / 'checkpoints' / name
+  if not directory.is_dir():
+    return None
+  checkpoints = StageCheckpoints(directory)
+  restored = checkpoints.restore(_initialiser(stage, config, mesh)[2])
+  checkpoints.close()
+  return None if restored is None else restored[0].ema
 
 
 def _check_health(name: str, step: int, values: dict[str, float], config: StageConfig) -> None:

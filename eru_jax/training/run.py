@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from eru_jax import sharding
-from eru_jax.data.world import load_world
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 from eru_jax.rewards.emoji import TemplateJudge
@@ -22,16 +21,14 @@ from eru_jax.training import config as config_lib
 from eru_jax.training import experiment as experiment_lib
 from eru_jax.training import workdir as workdir_lib
 from eru_jax.training.evaluation import Evaluation, evaluate
-from eru_jax.training.experiment import Experiment, Snapshot
+from eru_jax.training.experiment import Snapshot
 from eru_jax.training.gallery import gallery_rows, save_grids
 from eru_jax.training.loop import run_stage
 from eru_jax.training.metrics import MetricWriter, read_metrics
 from eru_jax.training.report import ReportData, write_report
-from eru_jax.training.stages import STAGES
+from eru_jax.training.stages import EVALUATED, STAGES
 from eru_jax.weights import model_directory
 
-# Stages that make or change the backbone, and the name their result is evaluated under.
-_EVALUATED = {'flow_matching': 'base', 'dk_dm': 'dk_dm', 'no_rl': 'no_rl'}
 _NOTES = ('Pictures: Twemoji, graphics by Twitter, Inc. and other contributors, CC-BY 4.0.',)
 
 
@@ -56,14 +53,8 @@ def train(config_values: Any, workdir: str) -> None:
   print_plan(config, mesh)
 
   with seconds('load'):
-    world = load_world(
-      config.data.pairs, experiment_lib.cache_directory(), config.data.wordings_per_fact
-    )
-    prompts = [*world.pictures.names, *world.all_prompts]
-    text = experiment_lib.open_text(config.model.text_length, prompts)
-    snapshot = experiment_lib.load_snapshot(config, mesh)
-  experiment = Experiment(config, mesh, world, text)
-  judge = TemplateJudge(world.pictures.images)
+    experiment, snapshot = experiment_lib.open_experiment(config, mesh)
+  judge = TemplateJudge(experiment.world.pictures.images)
   evaluations: dict[str, Evaluation] = {}
 
   def measure(label: str, snapshot: Snapshot) -> None:
@@ -88,8 +79,8 @@ def train(config_values: Any, workdir: str) -> None:
           name, stage, stage_config, key, mesh, directory, writer, config.stages
         )
         snapshot = module.absorb(experiment, snapshot, params)
-      if name in _EVALUATED:
-        measure(_EVALUATED[name], snapshot)
+      if name in EVALUATED:
+        measure(EVALUATED[name], snapshot)
     if config.model.source == 'scratch':
       model_directory.save(directory / 'model', stored_model(config, snapshot))
 

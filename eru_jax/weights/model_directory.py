@@ -54,6 +54,15 @@ class StoredModel:
   reward: PyTree | None = None
 
 
+def read_settings(directory: str | pathlib.Path) -> dict[str, Any]:
+  """Contents of a model directory's eru_jax.json.
+
+  Raises:
+    UserError: if it is missing or damaged.
+  """
+  return _read_json(pathlib.Path(directory) / 'eru_jax.json')
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding='utf-8'))

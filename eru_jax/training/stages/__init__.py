@@ -2,6 +2,8 @@
 
 from eru_jax.training.stages import autoencoder, dk_dm, flow_matching, no_rl, reward
 
+# Stages that make or change the backbone, and the name their result is evaluated under.
+EVALUATED = {'flow_matching': 'base', 'dk_dm': 'dk_dm', 'no_rl': 'no_rl'}
 STAGES = {
   'autoencoder': autoencoder,
   'reward': reward,

@@ -34,10 +34,19 @@ def build(experiment: Experiment, snapshot: Snapshot, config: FlowMatchingStageC
   density = flow.TimestepDensity('logit_normal', config.time_mean, config.time_std)
 
   def make_frozen():
+    text, null = experiment.conditioning(pictures.names), experiment.text.null
+    # Names are short: cutting the padding that all of them share changes nothing but the time.
+    longest = int(text.mask.sum(axis=1).max())
+
+    def cut(conditioning):
+      return conditioning.replace(
+        tokens=conditioning.tokens[:, :longest], mask=conditioning.mask[:, :longest]
+      )
+
     frozen = {
       'latents': encode_pictures(snapshot, pictures.images),
-      'text': experiment.conditioning(pictures.names),
-      'null': experiment.text.null,
+      'text': cut(text),
+      'null': cut(null),
     }
     return jax.device_put(frozen, sharding.replicated(experiment.mesh))
 

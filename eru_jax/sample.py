@@ -1,0 +1,65 @@
+"""Draws prompts.
+
+    python -m eru_jax.sample --model=runs/emoji --prompt='the fruit Newton saw fall' --output=out
+
+Writes one PNG a picture, named by its index, `grid.png` and `samples.json`.
+"""
+
+from absl import flags
+
+from eru_jax import commands
+
+_MODEL = flags.DEFINE_string(
+  'model', None, "Workdir of a run, model directory, or 'emoji_base' (the model in the package)."
+)
+_STAGE = flags.DEFINE_string(
+  'stage', None, 'For a workdir: draw with the model after this stage (base, dk_dm, no_rl); '
+  'by default the last one the run has reached.'
+)  # fmt: skip
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'A prompt to draw; may be repeated.')
+_PROMPTS = flags.DEFINE_string(
+  'prompts', None, 'File of prompts: JSON Lines of knowledge pairs (.jsonl), else one a line.'
+)
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory for the pictures; made if needed.')
+_STEPS = flags.DEFINE_integer('steps', None, 'Euler steps; by default what the model was made for.')
+_GUIDANCE = flags.DEFINE_float(
+  'guidance', None, 'Guidance scale: embedded if the model has that, else classifier-free.'
+)
+_HEIGHT = flags.DEFINE_integer('height', None, "Pixels; by default the model's own size.")
+_WIDTH = flags.DEFINE_integer('width', None, "Pixels; by default the model's own size.")
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the start noise.')
+_NUM_IMAGES = flags.DEFINE_integer('num_images', 1, 'Pictures of each prompt.', lower_bound=1)
+_LATENTS = flags.DEFINE_string(
+  'latents', None, 'Start noise instead of --seed: .npy file, packed (N, S, C) float32, one row a '
+  'picture.'
+)  # fmt: skip
+_SAVE_LATENTS = flags.DEFINE_bool(
+  'save_latents', False, 'Also write the final packed latents, latents_final.npy.'
+)
+flags.mark_flags_as_required(['model', 'output'])
+
+
+def main() -> None:
+  from eru_jax.training.sampling import SampleRequest, sample
+
+  sample(
+    SampleRequest(
+      model=_MODEL.value,
+      stage=_STAGE.value,
+      prompts=tuple(_PROMPT.value),
+      prompt_file=_PROMPTS.value,
+      output=_OUTPUT.value,
+      steps=_STEPS.value,
+      guidance=_GUIDANCE.value,
+      height=_HEIGHT.value,
+      width=_WIDTH.value,
+      seed=_SEED.value,
+      num_images=_NUM_IMAGES.value,
+      latents=_LATENTS.value,
+      save_latents=_SAVE_LATENTS.value,
+    )
+  )
+
+
+if __name__ == '__main__':
+  commands.run(main)

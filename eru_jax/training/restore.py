@@ -1,0 +1,89 @@
+"""Opens what `sample` and `evaluate` are pointed at: a run's workdir or a model directory."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from eru_jax import sharding
+from eru_jax.errors import UserError
+from eru_jax.training import config as config_lib
+from eru_jax.training.experiment import Experiment, Snapshot, open_experiment
+from eru_jax.training.loop import load_result
+from eru_jax.training.stages import EVALUATED, STAGES
+from eru_jax.weights import model_directory
+
+
+def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path | None]:
+  """The experiment behind `--model`, and its workdir if it is one.
+
+  Args:
+    model: a workdir, a model directory, or 'emoji_base'.
+
+  Raises:
+    UserError: if it is none of these.
+  """
+  path = pathlib.Path(model).expanduser()
+  if (path / 'config.json').is_file():
+    try:
+      values = json.loads((path / 'config.json').read_text(encoding='utf-8'))
+    except ValueError as error:
+      raise UserError(f'{path / "config.json"} is damaged: {error}.') from error
+    return config_lib.from_mapping(config_lib.ExperimentConfig, values), path.absolute()
+  if model != 'emoji_base' and not (path / 'eru_jax.json').is_file():
+    raise UserError(
+      f'--model={model} is neither the workdir of a run (it would hold config.json) nor a model '
+      "directory (it would hold eru_jax.json) nor 'emoji_base'."
+    )
+  source = 'emoji_base' if model == 'emoji_base' else str(path)
+  settings = config_lib.ModelConfig(source=source, scan=False)
+  stored = model_directory.read_settings(config_lib.model_path(settings))
+  settings = dataclasses.replace(
+    settings,
+    resolution=stored.get('resolution', settings.resolution),
+    text_length=stored.get('text_length', settings.text_length),
+  )
+  sampling = config_lib.from_mapping(
+    config_lib.SamplingConfig, stored.get('sampling', {}), 'sampling'
+  )
+  return config_lib.ExperimentConfig(stages=('dk_dm',), model=settings, sampling=sampling), None
+
+
+def open_model(
+  model: str, prompts: Sequence[str], **overrides: Any
+) -> tuple[Experiment, Snapshot, pathlib.Path | None]:
+  """The experiment with these prompts embedded, its base model, and its workdir.
+
+  Args:
+    model: as in `read_config`.
+    prompts: prompts that will be drawn.
+    **overrides: fields of ExperimentConfig to replace.
+
+  Raises:
+    UserError: as `read_config`, or for bad prompts.
+  """
+  config, workdir = read_config(model)
+  config = dataclasses.replace(config, mesh=sharding.MeshConfig(), **overrides)
+  mesh = sharding.make_mesh(config.mesh)
+  experiment, snapshot = open_experiment(config, mesh, prompts)
+  return experiment, snapshot, workdir
+
+
+def snapshots(
+  experiment: Experiment, base: Snapshot, workdir: pathlib.Path | None
+) -> Iterator[tuple[str, Snapshot]]:
+  """(label, model) at every stage a run has reached, the base first."""
+  config = experiment.config
+  if config.model.source != 'scratch':
+    yield 'base', base
+  snapshot = base
+  for name in config.stages if workdir is not None else ():
+    module, stage_config = STAGES[name], config.stage(name)
+    stage = module.build(experiment, snapshot, stage_config)
+    params = load_result(name, stage, stage_config, experiment.mesh, workdir)
+    if params is None:
+      return
+    snapshot = module.absorb(experiment, snapshot, params)
+    if name in EVALUATED:
+      yield EVALUATED[name], snapshot

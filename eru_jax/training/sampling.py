@@ -1,0 +1,131 @@
+"""What `python -m eru_jax.sample` does: prompts in, pictures and a grid out."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from eru_jax.data.pairs import read_prompt_file
+from eru_jax.errors import UserError
+from eru_jax.files import replace_file
+from eru_jax.rewards.emoji import TemplateJudge
+from eru_jax.training.evaluation import draw, start_noise
+from eru_jax.training.pictures import image_grid, png_bytes, save_png
+from eru_jax.training.restore import open_model, read_config, snapshots
+from eru_jax.training.run import enable_compilation_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+  """The flags of `sample`, see there."""
+
+  model: str
+  output: str
+  stage: str | None = None
+  prompts: tuple[str, ...] = ()
+  prompt_file: str | None = None
+  steps: int | None = None
+  guidance: float | None = None
+  height: int | None = None
+  width: int | None = None
+  seed: int = 0
+  num_images: int = 1
+  latents: str | None = None
+  save_latents: bool = False
+
+
+def _prompts(request: SampleRequest) -> list[str]:
+  prompts = list(request.prompts)
+  if request.prompt_file is not None:
+    path = pathlib.Path(request.prompt_file)
+    if path.suffix == '.jsonl':
+      prompts += [pair.implicit for pair in read_prompt_file(path)]
+    else:
+      try:
+        lines = path.read_text(encoding='utf-8').splitlines()
+      except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'The prompt file {path} cannot be read: {error}.') from error
+      prompts += [line.strip() for line in lines if line.strip()]
+  if not prompts:
+    raise UserError('There is nothing to draw: give --prompt (repeatable) or --prompts=FILE.')
+  for index, prompt in enumerate(prompts):
+    if not prompt.strip():
+      raise UserError(f'Prompt {index} is empty: remove it or give it words.')
+  return prompts
+
+
+def _start_noise(path: str, shape: tuple[int, ...]) -> np.ndarray:
+  try:
+    noise = np.load(path, allow_pickle=False)
+  except (OSError, ValueError) as error:
+    raise UserError(f'--latents={path} is not a readable .npy file: {error}.') from error
+  if noise.shape != shape or noise.dtype != np.float32:
+    raise UserError(
+      f'--latents={path} holds {noise.dtype} of shape {noise.shape}; these prompts need float32 of '
+      f'shape {shape}.'
+    )
+  return noise
+
+
+def sample(request: SampleRequest) -> pathlib.Path:
+  """Draws the request and returns the output directory.
+
+  Raises:
+    UserError: for whatever the user can mend.
+  """
+  prompts = _prompts(request)
+  config, _ = read_config(request.model)
+  changes: dict[str, Any] = {}
+  if request.steps is not None:
+    changes['num_steps'] = request.steps
+  if request.guidance is not None:
+    changes['guidance'] = request.guidance
+  sampling = dataclasses.replace(config.sampling, **changes)
+  enable_compilation_cache()
+  experiment, snapshot, workdir = open_model(request.model, prompts, sampling=sampling)
+  model = snapshot.model
+  if request.guidance is not None and not getattr(
+    model.backbone.config, 'guidance_embeds', False
+  ):
+    # A model without a guidance embedding takes the scale as classifier-free guidance.
+    sampling = dataclasses.replace(sampling, cfg_scale=request.guidance)
+  reached = dict(snapshots(experiment, snapshot, workdir))
+  label = request.stage or next(reversed(reached), None)
+  if label not in reached:
+    raise UserError(f'--stage={label}: this model has the stages {list(reached)}.')
+  size = (request.height or model.height, request.width or model.width)
+  model = dataclasses.replace(reached[label].model, height=size[0], width=size[1])
+  snapshot = dataclasses.replace(reached[label], model=model)
+
+  drawn = [prompt for prompt in prompts for _ in range(request.num_images)]
+  if request.latents is not None:
+    noise = _start_noise(request.latents, (len(drawn), *model.latent_shape))
+  else:
+    noise = start_noise(model, request.seed, 'sample', np.arange(len(drawn)))
+  experiment = dataclasses.replace(
+    experiment, config=dataclasses.replace(experiment.config, sampling=sampling)
+  )
+  judge = TemplateJudge(experiment.world.pictures.images)
+  judged = size == experiment.world.pictures.images.shape[1:3]
+  generated = draw(experiment, snapshot, judge if judged else None, drawn, noise)
+
+  output = pathlib.Path(request.output).expanduser()
+  records = []
+  for index, prompt in enumerate(drawn):
+    name = f'{index:04d}.png'
+    replace_file(output / name, png_bytes(generated.images[index]))
+    record = {'file': name, 'prompt': prompt, 'stage': label, 'seed': request.seed, 'index': index}
+    if judged:
+      record['judge_sees'] = experiment.world.pictures.names[generated.shown[index]]
+    records.append(record)
+  columns = request.num_images if request.num_images > 1 else min(len(drawn), 6)
+  save_png(output / 'grid.png', image_grid(generated.images, columns, drawn, scale=2))
+  replace_file(output / 'samples.json', (json.dumps(records, indent=2) + '\n').encode())
+  if request.save_latents:
+    with open(output / 'latents_final.npy', 'wb') as file:
+      np.save(file, np.asarray(jax.device_get(generated.latents), np.float32))
+  print(f'{len(drawn)} picture(s) with the model after {label!r}: {output / "grid.png"}')
+  return output

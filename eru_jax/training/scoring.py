@@ -1,0 +1,79 @@
+"""What `python -m eru_jax.evaluate --prompts=FILE` does: a user's own pairs, at every stage."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from eru_jax.data.pairs import read_prompt_file
+from eru_jax.data.world import answers
+from eru_jax.errors import UserError
+from eru_jax.files import replace_file
+from eru_jax.rewards.emoji import TemplateJudge
+from eru_jax.training.evaluation import accuracy, draw, start_noise
+from eru_jax.training.pictures import image_grid, save_png
+from eru_jax.training.restore import open_model, snapshots
+from eru_jax.training.run import enable_compilation_cache
+
+# Rows of the picture; the scores are of all prompts.
+_GRID_ROWS = 24
+
+
+def score_prompt_file(model: str, prompts: str, output: str, seed: int) -> dict[str, Any]:
+  """Scores implicit and explicit prompts of a file at every stage of a run.
+
+  Args:
+    model: workdir, model directory or 'emoji_base'.
+    prompts: JSON Lines file of knowledge pairs.
+    output: directory for evaluation.json and grid.png.
+    seed: of the start noise, which prompt k gets at every stage, for both of its forms.
+
+  Returns:
+    The contents of evaluation.json: {'stages': {label: {'implicit': {'accuracy', 'n', 'ci95'},
+    'explicit': {...}}}, 'pairs': [...]}.
+
+  Raises:
+    UserError: for a bad file, or an explicit prompt the judge has no picture of.
+  """
+  pairs = read_prompt_file(prompts)
+  forms = {
+    'implicit': [pair.implicit for pair in pairs],
+    'explicit': [pair.explicit for pair in pairs],
+  }
+  enable_compilation_cache()
+  experiment, base, workdir = open_model(model, [*forms['implicit'], *forms['explicit']])
+  pictures = experiment.world.pictures
+  targets = answers(pictures, pairs, prompts)
+  judge = TemplateJudge(pictures.images)
+  noise = start_noise(base.model, seed, 'evaluate', np.arange(len(pairs)))
+  stages = {}
+  records = [{'id': p.id, 'implicit': p.implicit, 'explicit': p.explicit} for p in pairs]
+  columns, titles = [pictures.images[targets]], ['target']
+  for label, snapshot in snapshots(experiment, base, workdir):
+    stages[label] = {}
+    for form, texts in forms.items():
+      generated = draw(experiment, snapshot, judge, texts, noise)
+      right = generated.shown == targets
+      stages[label][form] = accuracy(right)
+      for record, seen in zip(records, generated.shown, strict=True):
+        record[f'{label} {form}'] = pictures.names[seen]
+      columns.append(generated.images)
+      titles.append(f'{label}, {form}')
+    print(
+      f'{label:>8}: implicit {100 * stages[label]["implicit"]["accuracy"]:.1f} %, explicit '
+      f'{100 * stages[label]["explicit"]["accuracy"]:.1f} % of {len(pairs)}', flush=True
+    )  # fmt: skip
+  if not stages:
+    raise UserError(f'--model={model}: this run has not finished a stage that draws pictures yet.')
+  directory = pathlib.Path(output).expanduser()
+  result = {'stages': stages, 'pairs': records}
+  replace_file(directory / 'evaluation.json', (json.dumps(result, indent=2) + '\n').encode())
+  shown = min(len(pairs), _GRID_ROWS)
+  images = np.stack([column[row] for row in range(shown) for column in columns])
+  labels = [
+    text for pair in pairs[:shown] for text in (f'{pair.implicit} ({pair.explicit})', *titles[1:])
+  ]
+  save_png(directory / 'grid.png', image_grid(images, len(columns), labels, scale=2))
+  print(f'Scores: {directory / "evaluation.json"}')
+  return result

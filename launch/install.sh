@@ -1,0 +1,15 @@
+# Sourced by local.sh and test.sh: an environment in $VENV with everything a run needs.
+PYTHON="${PYTHON:-python3}"
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: eru_jax needs Python 3.11 or newer, $PYTHON is $("$PYTHON" --version 2>&1);" \
+    "name another one with PYTHON=..." >&2
+  exit 2
+fi
+if [ ! -x "$VENV/bin/python" ]; then
+  "$PYTHON" -m venv "$VENV"
+fi
+source "$VENV/bin/activate"
+python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+  -r launch/requirements-emoji.txt
