@@ -1,12 +1,15 @@
 """What the commands have in common: quick flags, one-sentence errors, no noise."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
 from eru_jax.errors import UserError
+
+_OVERRIDE = 'config.'
 
 
 def run(main: Callable[[], None]) -> None:
@@ -31,18 +34,37 @@ def run(main: Callable[[], None]) -> None:
   app.run(wrapped, flags_parser=_parse_flags)
 
 
+def config_overrides() -> dict[str, str]:
+  """The flags --config.KEY=VALUE: dotted key -> value as it was typed."""
+  values = flags.FLAGS.flag_values_dict()
+  return {
+    name.removeprefix(_OVERRIDE): value
+    for name, value in values.items()
+    if name.startswith(_OVERRIDE)
+  }
+
+
+def _define_overrides(argv: Sequence[str]) -> None:
+  """Makes a flag of every --config.KEY, for a command that has --config."""
+  if 'config' not in flags.FLAGS:
+    return
+  for argument in argv[1:]:
+    if argument == '--':
+      return
+    found = re.match(rf'--?({re.escape(_OVERRIDE)}[^=]+)', argument)
+    if found and found[1] not in flags.FLAGS:
+      flags.DEFINE_string(found[1], None, 'Override of a value of the config.')
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
+    _define_overrides(argv)
     return flags.FLAGS(argv)
   except flags.Error as error:
+    missing = re.findall(r'Flag (--\w+) must have a value other than None', str(error))
+    if missing:
+      return fail(f'{" and ".join(missing)} must be given; see --help')
     return fail(f'{error}; see --help')
-  except (AttributeError, KeyError) as error:
-    # What config_flags raises for an override of a key the config does not have.
-    return fail(f'config: {error.args[0] if error.args else error}')
-  except (FileNotFoundError, OSError) as error:
-    return fail(f'cannot read the config file: {error}')
-  except UserError as error:
-    return fail(str(error))
 
 
 def fail(message: str, status: int = 2) -> None:

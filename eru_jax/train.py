@@ -5,12 +5,11 @@ the config can be overridden: `--config.dk_dm.num_steps=50`.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from eru_jax import commands
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Experiment: configs/<name>.py[:argument,...].', lock_config=True
+_CONFIG = flags.DEFINE_string(
+  'config', None, 'Experiment: configs/<name>.py[:argument,...]; --config.KEY=VALUE overrides.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run: checkpoints, metrics, pictures and report.html.'
@@ -19,9 +18,13 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main() -> None:
+  from eru_jax.config_file import load_config
+
+  # Before the slow imports: a mistake in the config is answered at once.
+  config = load_config(_CONFIG.value, commands.config_overrides())
   from eru_jax.training.run import train
 
-  train(_CONFIG.value, _WORKDIR.value)
+  train(config, _WORKDIR.value)
 
 
 if __name__ == '__main__':

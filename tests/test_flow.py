@@ -27,19 +27,18 @@ def _gaussian_velocity(x_t, t, conditioning):
   return (t - (1 - t) * STD**2) / variance * (x_t - mean) - MEAN
 
 
+def _normal(seed, *shape):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
 def _pair(seed=0, shape=(6, 3, 2)):
-  keys = jax.random.split(jax.random.key(seed), 3)
-  t = jax.random.uniform(keys[2], shape[:1], minval=0.05, maxval=0.95)
-  return jax.random.normal(keys[0], shape), jax.random.normal(keys[1], shape), t
+  t = np.random.default_rng(seed).uniform(0.05, 0.95, shape[:1])
+  return _normal(seed + 1, *shape), _normal(seed + 2, *shape), jnp.asarray(t, jnp.float32)
 
 
 def _conditioning(batch, length=2, mask=None, seed=0):
-  keys = jax.random.split(jax.random.key(seed), 2)
-  return Conditioning(
-    tokens=jax.random.normal(keys[0], (batch, length, 3)),
-    mask=mask,
-    pooled=jax.random.normal(keys[1], (batch, 3)),
-  )
+  tokens, pooled = _normal(seed + 10, batch, length, 3), _normal(seed + 11, batch, 3)
+  return Conditioning(tokens=tokens, mask=mask, pooled=pooled)
 
 
 def _prompted_velocity(x_t, t, conditioning):
@@ -135,7 +134,7 @@ def test_schedule_and_euler_equal_diffusers(num_steps, tokens):
   def field(x, t, conditioning):
     return x * flow.expand(0.5 - 1.5 * t, x) + 0.3
 
-  noise = jax.random.normal(jax.random.key(1), (2, 5))
+  noise = _normal(1, 2, 5)
   x_0, states = flow.euler_ode(field, noise, schedule, NOTHING, return_trajectory=True)
   visited = [*states, x_0]
   assert len(visited) == num_steps + 1
@@ -149,7 +148,7 @@ def test_schedule_and_euler_equal_diffusers(num_steps, tokens):
 
 def test_ode_reaches_the_data_and_its_error_halves_with_twice_the_steps():
   # The exact flow of this data is x_0 = MEAN + STD x_T.
-  noise = jax.random.normal(jax.random.key(2), (64, 2))
+  noise = _normal(2, 64, 2)
   exact = MEAN + STD * noise
   errors = []
   for num_steps in (50, 100, 200):
@@ -231,7 +230,7 @@ def test_sde_step_is_flow_grpos():
 
 
 def test_sde_without_noise_is_the_ode_and_its_noise_is_reproducible():
-  noise = jax.random.normal(jax.random.key(4), (8, 2))
+  noise = _normal(4, 8, 2)
   schedule, key = flow.timestep_schedule(7, 0.5), jax.random.key(5)
   run = lambda key, a: flow.euler_sde(  # noqa: E731
     key, _gaussian_velocity, noise, schedule, NOTHING, noise_level=a
@@ -250,7 +249,7 @@ def test_log_prob_is_the_mean_over_dimensions():
 
 
 def test_trajectory_holds_the_state_at_the_start_of_each_step():
-  noise = jax.random.normal(jax.random.key(7), (3, 2))
+  noise = _normal(7, 3, 2)
   schedule = flow.timestep_schedule(5, 0.6)
   x_0, states = flow.euler_ode(_gaussian_velocity, noise, schedule, NOTHING, return_trajectory=True)
   np.testing.assert_array_equal(states[0], noise)
@@ -270,7 +269,7 @@ def test_bfloat16_velocity_leaves_time_and_state_in_float32():
     # Returns the time itself, so that rounding of t to bfloat16 would show in the sum.
     return jnp.broadcast_to(t[:, None], x.shape).astype(jnp.bfloat16)
 
-  noise = jax.random.normal(jax.random.key(8), (4, 2)).astype(jnp.bfloat16)
+  noise = _normal(8, 4, 2).astype(jnp.bfloat16)
   schedule = flow.timestep_schedule(100, 1.15)
   x_0 = flow.euler_ode(field, noise, schedule, NOTHING)
   assert x_0.dtype == jnp.float32
@@ -282,7 +281,7 @@ def test_bfloat16_velocity_leaves_time_and_state_in_float32():
 
 
 def test_samplers_are_pure_under_jit_vmap_and_grad():
-  noise = jax.random.normal(jax.random.key(9), (3, 4, 2))
+  noise = _normal(9, 3, 4, 2)
   schedule, key = flow.timestep_schedule(4), jax.random.key(1)
 
   def run(x, scale=1.0):

@@ -107,7 +107,12 @@ def rollout_states(
       f'states_per_rollout is {states_per_rollout} but must be between 1 and the {num_steps} steps '
       'of a rollout.'
     )
-  _, states = flow.euler_ode(student, noise, schedule, implicit, return_trajectory=True)
+
+  def frozen(x_t, t, conditioning):
+    # Stopped at every step, not only at the end: a differentiated loss then stores nothing here.
+    return jax.lax.stop_gradient(student(x_t, t, conditioning))
+
+  _, states = flow.euler_ode(frozen, noise, schedule, implicit, return_trajectory=True)
   order = jax.vmap(lambda k: jax.random.permutation(k, num_steps))(jax.random.split(key, batch))
   step = order[:, :states_per_rollout]
   rollout = jnp.broadcast_to(jnp.arange(batch)[:, None], step.shape)

@@ -29,6 +29,14 @@ def _checksums(tree: PyTree) -> dict[str, int]:
   return sums
 
 
+def _layout(tree: PyTree) -> dict[str, str]:
+  """Dtype and shape of every leaf, as JSON data."""
+  return {
+    jax.tree_util.keystr(path): f'{np.dtype(leaf.dtype)}{list(leaf.shape)}'
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
 class StageCheckpoints:
   """Saves and restores (state, data position) under one directory, keeping the newest few."""
 
@@ -54,7 +62,11 @@ class StageCheckpoints:
     """
     if step in self.steps:
       return
-    metadata = {'position': position, 'checksums': _checksums(state)}
+    metadata = {
+      'position': position,
+      'checksums': _checksums(state),
+      'layout': _layout(state),
+    }
     try:
       self._checkpointer.save_pytree(step, state, custom_metadata=metadata)
     except Exception as error:
@@ -77,15 +89,19 @@ class StageCheckpoints:
       (state, position), or None if nothing has been saved.
 
     Raises:
-      UserError: if there are checkpoints but none of them can be read.
+      UserError: if there are checkpoints but none of them can be read, or if they hold arrays of
+        other names, shapes or dtypes; those are left as they are.
     """
     steps = self.steps
     for step in reversed(steps):
       try:
         metadata = self._checkpointer.metadata(step).custom_metadata
+        self._check_layout(step, metadata['layout'], _layout(like))
         state = self._checkpointer.load_pytree(step, like)
-        self._verify(state, like, metadata)
+        self._verify(state, metadata)
         return state, metadata['position']
+      except UserError:
+        raise
       except Exception as error:
         logging.warning(
           'Checkpoint %s/%d is damaged (%s); trying the one before it.',
@@ -99,10 +115,18 @@ class StageCheckpoints:
       )
     return None
 
-  def _verify(self, state: PyTree, like: PyTree, metadata: dict[str, Any]) -> None:
-    wanted = jax.tree.map(lambda x: (x.shape, x.dtype), like)
-    if jax.tree.map(lambda x: (x.shape, x.dtype), state) != wanted:
-      raise ValueError('it holds arrays of other shapes or dtypes')
+  def _check_layout(self, step: int, stored: dict[str, str], wanted: dict[str, str]) -> None:
+    names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
+    if names:
+      name = names[0]
+      raise UserError(
+        f'Checkpoint {self._directory}/{step} is of another model or optimizer: {name} is '
+        f'{stored.get(name, "absent")} there and {wanted.get(name, "absent")} here '
+        f'({len(names)} arrays differ); continue it with the config and version it was made with, '
+        'or choose another --workdir.'
+      )
+
+  def _verify(self, state: PyTree, metadata: dict[str, Any]) -> None:
     for path, crc in _checksums(state).items():
       if metadata['checksums'].get(path) != crc:
         raise ValueError(f'the bytes of {path} have changed')

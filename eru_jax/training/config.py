@@ -165,6 +165,11 @@ class StageConfig:
     )
 
 
+def _batch(size: int, accumulation: int) -> tuple[bool, str]:
+  valid = size >= 1 and size % accumulation == 0
+  return valid, 'positive and a multiple of accumulation'
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderStageConfig(StageConfig):
   """Trains the autoencoder on the world's pictures.
@@ -176,6 +181,14 @@ class AutoencoderStageConfig(StageConfig):
 
   batch_size: int = 16
   kl_weight: float = 5e-4
+
+  def __post_init__(self):
+    super().__post_init__()
+    require(
+      self,
+      batch_size=_batch(self.batch_size, self.accumulation),
+      kl_weight=(self.kl_weight >= 0, 'zero or more'),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +202,14 @@ class RewardStageConfig(StageConfig):
 
   batch_size: int = 64
   label_smoothing: float = 0.05
+
+  def __post_init__(self):
+    super().__post_init__()
+    require(
+      self,
+      batch_size=_batch(self.batch_size, self.accumulation),
+      label_smoothing=(0 <= self.label_smoothing < 1, 'in [0, 1)'),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,11 +236,16 @@ class FlowMatchingStageConfig(StageConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    shares = self.pooled_only + self.tokens_only + self.drop_text
+    shares = (self.pooled_only, self.tokens_only, self.drop_text)
     require(
       self,
-      batch_size=(self.batch_size % self.accumulation == 0, 'a multiple of accumulation'),
-      pooled_only=(0 <= shares <= 1, 'such that all three shares sum to at most 1'),
+      batch_size=_batch(self.batch_size, self.accumulation),
+      pooled_only=(
+        min(shares) >= 0 and sum(shares) <= 1,
+        'such that it, tokens_only and drop_text are zero or more and sum to at most 1',
+      ),
+      text_noise=(self.text_noise >= 0, 'zero or more'),
+      time_std=(self.time_std > 0, 'positive'),
     )
 
 
@@ -276,6 +302,7 @@ class DkDmStageConfig(StageConfig):
       teacher_seeds=(self.teacher_seeds >= 1, 'at least 1'),
       text_noise=(self.text_noise >= 0, 'zero or more'),
       pooled_only=(0 <= self.pooled_only <= 1, 'in [0, 1]'),
+      time_std=(self.time_std > 0, 'positive'),
     )
 
 
@@ -318,18 +345,21 @@ class NoRlStageConfig(StageConfig):
 
   def __post_init__(self):
     super().__post_init__()
+    counts = ('images_per_prompt', 'rollout_steps', 'timesteps_per_image', 'updates_per_step')
+    require(self, **{name: (getattr(self, name) >= 1, 'at least 1') for name in counts})
     images = self.prompts_per_step * self.images_per_prompt
     require(
       self,
       prompts_per_step=(
-        images % (self.updates_per_step * self.accumulation) == 0,
-        'such that prompts_per_step * images_per_prompt is a multiple of '
+        images > 0 and images % (self.updates_per_step * self.accumulation) == 0,
+        'positive and such that prompts_per_step * images_per_prompt is a multiple of '
         'updates_per_step * accumulation',
       ),
       explicit_share=(0 <= self.explicit_share <= 1, 'in [0, 1]'),
       beta=(0 < self.beta <= 1, 'in (0, 1]'),
       reference_weight=(self.reference_weight >= 0, 'zero or more'),
       reward_high=(self.reward_high > self.reward_low, 'above reward_low'),
+      behaviour_inertia=(self.behaviour_inertia >= 0, 'zero or more'),
       behaviour_cap=(0 <= self.behaviour_cap <= 1, 'in [0, 1]'),
       time_min=(0 <= self.time_min < self.time_max <= 1, 'below time_max, both in [0, 1]'),
     )

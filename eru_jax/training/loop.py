@@ -125,7 +125,7 @@ def run_stage(
         if done % config.save_every == 0 or done == config.num_steps or preemption.requested:
           writer.flush()
           checkpoints.save(done, state, stage.batches.get_state())
-        if preemption.requested and done < config.num_steps:
+        if preemption.requested:
           progress.close()
           checkpoints.close()
           raise SystemExit(0)

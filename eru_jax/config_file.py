@@ -1,0 +1,98 @@
+"""Reads `--config=FILE.py[:ARGUMENT]` and the overrides `--config.KEY.KEY=VALUE`.
+
+A config file is Python with a function `get_config([argument])` that returns a ConfigDict or a
+dict. It names only what differs from the defaults, and so any key of the schema may be
+overridden, whether the file has it or not; what is no key is noticed when the schema is applied.
+"""
+
+import ast
+import pathlib
+import runpy
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from eru_jax.errors import UserError
+
+
+def load_config(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
+  """The values of a config file, overridden.
+
+  Args:
+    spec: 'FILE.py', or 'FILE.py:ARGUMENT' to call get_config(ARGUMENT).
+    overrides: dotted key -> value as it was typed: a Python literal, true, false, or else text.
+
+  Raises:
+    UserError: if the file cannot be run, or an override goes through a value that has no keys.
+  """
+  path, argument = _split(spec)
+  try:
+    config = runpy.run_path(str(path))['get_config'](*argument)
+  except KeyError as error:
+    if error.args != ('get_config',):
+      raise _failure(path, error) from error
+    raise UserError(f'The config file {path} has no function get_config().') from error
+  except OSError as error:
+    if error.filename != str(path):
+      raise _failure(path, error) from error
+    raise UserError(f'The config file {path} cannot be read: {error.strerror}.') from error
+  except Exception as error:
+    raise _failure(path, error) from error
+  values = _plain(config)
+  if not isinstance(values, dict):
+    raise UserError(f'The config file {path}: get_config() must return a ConfigDict or a dict.')
+  for key, text in overrides.items():
+    _override(values, key, text)
+  return values
+
+
+def _split(spec: str) -> tuple[pathlib.Path, tuple[str, ...]]:
+  path = pathlib.Path(spec)
+  argument: tuple[str, ...] = ()
+  if not path.is_file() and ':' in spec:
+    name, _, text = spec.partition(':')
+    path, argument = pathlib.Path(name), (text,)
+  if not path.is_file():
+    what = 'is a directory' if path.is_dir() else 'does not exist'
+    raise UserError(f'The config file {path} {what}: give --config=FILE.py.')
+  return path, argument
+
+
+def _failure(path: pathlib.Path, error: Exception) -> UserError:
+  """What went wrong in a config file, and in which of its lines."""
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+  if isinstance(error, SyntaxError) and error.filename == str(path):
+    lines, reason = [error.lineno], error.msg
+  else:
+    reason = f'{type(error).__name__}: {error}'
+  where = f', line {lines[-1]}' if lines else ''
+  return UserError(f'The config file {path}{where} cannot be run: {reason}.')
+
+
+def _plain(config: Any) -> Any:
+  """Nested dicts instead of ConfigDicts, so that overrides may add keys and change types."""
+  if hasattr(config, 'to_dict'):
+    config = config.to_dict()
+  if isinstance(config, Mapping):
+    return {key: _plain(value) for key, value in config.items()}
+  return config
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+  *sections, name = key.split('.')
+  for depth, section in enumerate(sections, start=1):
+    values = values.setdefault(section, {})
+    if not isinstance(values, dict):
+      raise UserError(
+        f'--config.{key}: `{".".join(sections[:depth])}` is {values!r} and has no keys to override.'
+      )
+  values[name] = _literal(text)
+
+
+def _literal(text: str) -> Any:
+  if text in ('true', 'false'):
+    return text == 'true'
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text

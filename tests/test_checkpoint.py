@@ -1,0 +1,287 @@
+"""Checkpoints: exact, atomic, checked when read; the last good one wins."""
+
+import errno
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eru_jax.errors import UserError
+from eru_jax.training.checkpoint import StageCheckpoints
+from eru_jax.training.state import OptimizerConfig, init_state
+
+
+def state_at(step, shape=(3, 5), behaviour=True):
+  """A state of odd values: NaN, infinities, negative zero and denormals survive too."""
+  rng = np.random.default_rng(step)
+  w = rng.standard_normal(shape).astype(np.float32)
+  w.flat[:4] = [np.nan, -np.inf, -0.0, 1e-42]
+  params = {'layer': {'w': jnp.array(w), 'b': jnp.array(rng.standard_normal(2), jnp.bfloat16)}}
+  state = init_state(params, OptimizerConfig().build(5), behaviour=behaviour)
+  return state.replace(step=jnp.int32(step), updates=jnp.int32(2 * step))
+
+
+def like(state):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+
+
+def assert_bits(a, b):
+  def check(x, y):
+    x, y = np.asarray(x), np.asarray(y)
+    assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+  jax.tree.map(check, a, b)
+
+
+def position(step):
+  return {'step': step, 'seed': 7, 'sources': {'pairs': [9, 2]}}
+
+
+@pytest.fixture
+def directory(tmp_path):
+  """checkpoints/stage with checkpoints of steps 1, 2 and 3, of which 2 and 3 are kept."""
+  directory = tmp_path / 'checkpoints' / 'stage'
+  checkpoints = StageCheckpoints(directory)
+  for step in (1, 2, 3):
+    checkpoints.save(step, state_at(step), position(step))
+  checkpoints.close()
+  return directory
+
+
+def reopened(directory, wanted=None):
+  """(checkpoints, what they restore)."""
+  checkpoints = StageCheckpoints(directory)
+  return checkpoints, checkpoints.restore(like(state_at(0) if wanted is None else wanted))
+
+
+def test_round_trip_is_exact_and_keeps_the_newest_two(directory):
+  checkpoints, (state, where) = reopened(directory)
+  assert checkpoints.steps == [2, 3]
+  assert sorted(p.name for p in directory.iterdir() if p.is_dir()) == ['2', '3']
+  assert_bits(state, state_at(3))
+  assert where == position(3)
+  checkpoints.close()
+
+
+def test_no_checkpoint_is_none(tmp_path):
+  checkpoints, restored = reopened(tmp_path / 'new')
+  assert restored is None
+  checkpoints.close()
+
+
+def test_saving_a_step_twice_keeps_the_first(directory):
+  checkpoints = StageCheckpoints(directory)
+  checkpoints.save(3, state_at(9), position(9))
+  state, where = checkpoints.restore(like(state_at(0)))
+  assert_bits(state, state_at(3))
+  assert where == position(3)
+  checkpoints.close()
+
+
+def files(directory, step):
+  return sorted(p for p in (directory / str(step)).rglob('*') if p.is_file())
+
+
+def largest(directory, step):
+  """The file that holds most of the arrays."""
+  found = [p for p in files(directory, step) if p.parent.name == 'd']
+  return max(found, key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  for place in range(len(data) // 3, len(data), max(1, len(data) // 7)):
+    data[place] ^= 0x5A
+  path.write_bytes(data)
+
+
+def truncate_arrays(directory):
+  for path in files(directory, 3):
+    if path.parent.name == 'd':
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty_everything(directory):
+  for path in files(directory, 3):
+    path.write_bytes(b'')
+
+
+def flip_arrays(directory):
+  for path in files(directory, 3):
+    if path.parent.name == 'd':
+      flip(path)
+
+
+def delete_arrays(directory):
+  shutil.rmtree(directory / '3' / 'state')
+
+
+def damage_metadata(directory):
+  (directory / '3' / '_CHECKPOINT_METADATA').write_bytes(b'{"item_handlers": ')
+
+
+def delete_metadata(directory):
+  (directory / '3' / '_CHECKPOINT_METADATA').unlink()
+
+
+def exchange_arrays(directory):
+  """Whole files, but of another step."""
+  shutil.rmtree(directory / '3' / 'state')
+  shutil.copytree(directory / '2' / 'state', directory / '3' / 'state')
+
+
+@pytest.mark.parametrize(
+  'damage',
+  [
+    truncate_arrays,
+    empty_everything,
+    flip_arrays,
+    delete_arrays,
+    damage_metadata,
+    delete_metadata,
+    exchange_arrays,
+  ],
+)
+def test_damage_is_noticed_and_the_checkpoint_before_is_used(directory, damage, caplog):
+  damage(directory)
+  checkpoints, (state, where) = reopened(directory)
+  assert 'stage/3 is damaged' in caplog.text
+  assert_bits(state, state_at(2))
+  assert where == position(2)
+  assert checkpoints.steps == [2]
+  assert (directory.parent / 'stage.damaged-3').is_dir()
+  # Training comes by that step again.
+  checkpoints.save(3, state_at(3), position(3))
+  checkpoints.close()
+  checkpoints, (state, _) = reopened(directory)
+  assert_bits(state, state_at(3))
+  checkpoints.close()
+
+
+@pytest.mark.parametrize('share', np.linspace(0.02, 0.98, 6))
+def test_one_flipped_byte_in_the_arrays_is_noticed_or_harmless(directory, share):
+  path = largest(directory, 3)
+  data = bytearray(path.read_bytes())
+  data[int(share * len(data))] ^= 0xFF
+  path.write_bytes(data)
+  checkpoints, (state, where) = reopened(directory)
+  assert_bits(state, state_at(where['step']))
+  checkpoints.close()
+
+
+def test_checksums_notice_what_storage_does_not(directory, monkeypatch, caplog):
+  """Arrays that are read without an error, but with other bytes."""
+  checkpoints = StageCheckpoints(directory)
+  load = checkpoints._checkpointer.load_pytree
+
+  def silently_wrong(step, wanted):
+    state = load(step, wanted)
+    return state.replace(updates=state.updates + 1) if step == 3 else state
+
+  monkeypatch.setattr(checkpoints._checkpointer, 'load_pytree', silently_wrong)
+  state, _ = checkpoints.restore(like(state_at(0)))
+  assert '.updates have changed' in caplog.text
+  assert_bits(state, state_at(2))
+  checkpoints.close()
+
+
+def test_all_damaged_is_one_error_and_the_next_start_is_fresh(directory):
+  for step in (2, 3):
+    shutil.rmtree(directory / str(step) / 'state')
+  checkpoints = StageCheckpoints(directory)
+  with pytest.raises(UserError, match=r'None of the checkpoints \[2, 3\] .* start this stage anew'):
+    checkpoints.restore(like(state_at(0)))
+  checkpoints.close()
+  checkpoints, restored = reopened(directory)
+  assert restored is None
+  checkpoints.close()
+  assert {p.name for p in directory.parent.iterdir()} == {
+    'stage', 'stage.damaged-2', 'stage.damaged-3'
+  }  # fmt: skip
+
+
+def test_same_step_may_be_damaged_twice(directory):
+  for name in ('stage.damaged-3', 'stage.damaged-3.1'):
+    delete_arrays(directory)
+    checkpoints, _ = reopened(directory)
+    assert (directory.parent / name).is_dir()
+    checkpoints.save(3, state_at(3), position(3))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+  ('wanted', 'named'),
+  [
+    (state_at(0, shape=(4, 5)), r"\['layer'\]\['w'\] is float32\[3, 5\] there and float32\[4, 5\]"),
+    (state_at(0, behaviour=False), r'behaviour.* absent here'),
+    (state_at(0).replace(ema={'other': jnp.zeros(3)}), r"ema\['other'\] is absent there"),
+    (state_at(0).replace(step=jnp.float32(0)), r'step is int32\[\] there and float32\[\] here'),
+  ],
+)
+def test_state_of_another_shape_is_an_error_that_leaves_the_checkpoints_alone(
+  directory, wanted, named
+):
+  checkpoints = StageCheckpoints(directory)
+  with pytest.raises(UserError, match=named) as caught:
+    checkpoints.restore(like(wanted))
+  assert '\n' not in str(caught.value)
+  checkpoints.close()
+  assert [p.name for p in directory.parent.iterdir()] == ['stage']
+  checkpoints, (state, _) = reopened(directory)
+  assert_bits(state, state_at(3))
+  checkpoints.close()
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(errno.ENOSPC, 'No space left on device'),
+    OSError(errno.EROFS, 'Read-only file system'),
+    ValueError('RESOURCE_EXHAUSTED: Error writing "d/0": [os_error: No space left on device]'),
+  ],
+)
+def test_full_disk_is_an_error_and_the_earlier_checkpoint_is_intact(directory, monkeypatch, error):
+  checkpoints = StageCheckpoints(directory)
+
+  def full(*args, **kwargs):
+    raise RuntimeError('Saving failed') from error
+
+  monkeypatch.setattr(checkpoints._checkpointer, 'save_pytree', full)
+  with pytest.raises(UserError, match='step 4 .* of step 3 is intact; free some space') as caught:
+    checkpoints.save(4, state_at(4), position(4))
+  assert '\n' not in str(caught.value)
+  checkpoints.close()
+  checkpoints, (state, _) = reopened(directory)
+  assert_bits(state, state_at(3))
+  checkpoints.close()
+
+
+def test_other_errors_of_saving_are_not_disguised(directory, monkeypatch):
+  checkpoints = StageCheckpoints(directory)
+
+  def broken(*args, **kwargs):
+    raise TypeError('a bug')
+
+  monkeypatch.setattr(checkpoints._checkpointer, 'save_pytree', broken)
+  with pytest.raises(TypeError, match='a bug'):
+    checkpoints.save(4, state_at(4), position(4))
+  checkpoints.close()
+
+
+def test_half_written_checkpoint_of_a_killed_run_does_not_count(directory):
+  """Orbax writes aside and renames; what a kill leaves behind has another name."""
+  checkpoints = StageCheckpoints(directory)
+  checkpoints.close()
+  shutil.copytree(directory / '3', directory / '4.orbax-checkpoint-tmp')
+  (directory / '4.orbax-checkpoint-tmp' / 'commit_success.txt').unlink(missing_ok=True)
+  checkpoints, (state, _) = reopened(directory)
+  assert_bits(state, state_at(3))
+  checkpoints.save(4, state_at(4), position(4))
+  assert checkpoints.steps == [3, 4]
+  checkpoints.close()
+  assert isinstance(directory, pathlib.Path)

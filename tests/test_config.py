@@ -1,0 +1,232 @@
+"""The config schema: strict, and every mistake answered by one sentence that names it."""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_collections
+import pytest
+
+from eru_jax.config_file import load_config
+from eru_jax.errors import UserError
+from eru_jax.training import config as config_lib
+from eru_jax.training.config import STAGE_CONFIGS, ExperimentConfig, from_mapping, to_json
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
+
+
+def parse(**values):
+  return from_mapping(ExperimentConfig, {'stages': ('dk_dm', 'no_rl'), **values})
+
+
+@pytest.mark.parametrize(
+  ('values', 'message'),
+  [
+    ({'sed': 1}, r'unknown key `sed`; did you mean `seed`\?'),
+    ({'xyz': 1}, r'unknown key `xyz`; known: autoencoder, data, dk_dm'),
+    ({'dk_dm': {'num_step': 1}}, r'unknown key `dk_dm.num_step`; did you mean `dk_dm.num_steps`\?'),
+    (
+      {'no_rl': {'optimizer': {'learning_rat': 1.0}}},
+      r'unknown key `no_rl.optimizer.learning_rat`; did you mean `no_rl.optimizer.learning_rate`',
+    ),
+    ({'lora': [{'pattern': 'x', 'rank': 1, 'alpha': 1.0, 'beta': 2}]}, r'unknown key `lora\[0\].b'),
+    ({'lora': [{'pattern': 'x', 'rank': 1}]}, r'`lora\[0\].alpha` is missing'),
+    ({'lora': {'pattern': 'x'}}, r'`lora` is .* must be a list'),
+    ({'seed': 'one'}, r"`seed` is 'one' but must be a int"),
+    ({'seed': 1.0}, r'`seed` is 1.0 but must be a int'),
+    ({'seed': True}, r'`seed` is True but must be a int'),
+    ({'title': 3}, r'`title` is 3 but must be a str'),
+    ({'model': {'scan': 1}}, r'`model.scan` is 1 but must be a bool'),
+    ({'model': 3}, r'`model` is 3 but must be a mapping'),
+    ({'model': {'architecture': [1]}}, r'`model.architecture` is \[1\] but must be a mapping'),
+    ({'dk_dm': {'mixture': 'half'}}, r"`dk_dm.mixture` is 'half' but must be a float"),
+    ({'dk_dm': {'mixture': None}}, r'`dk_dm.mixture` is None but must be a float'),
+    ({'stages': 'dk_dm'}, r"`stages` is 'dk_dm' but must be a list"),
+    ({'stages': ('dk_dm', 3)}, r'`stages\[1\]` is 3 but must be a str'),
+    ({'stages': ('dk_md',)}, r"`stages` is \['dk_md'\] but must name different stages out of \["),
+    ({'stages': ()}, r'`stages` is \[\]'),
+    ({'stages': ('dk_dm', 'dk_dm')}, r'must name different stages'),
+  ],
+)
+def test_bad_keys_and_types(values, message):
+  with pytest.raises(UserError, match=message) as caught:
+    parse(**values)
+  assert '\n' not in str(caught.value)
+
+
+def test_missing_stages():
+  with pytest.raises(UserError, match='`stages` is missing'):
+    from_mapping(ExperimentConfig, {})
+
+
+COMMON = [
+  ('num_steps', 0),
+  ('accumulation', 0),
+  ('save_every', 0),
+  ('log_every', -1),
+]
+OUT_OF_RANGE = {
+  'autoencoder': [('batch_size', 0), ('kl_weight', -1.0)],
+  'reward': [('batch_size', 0), ('label_smoothing', 1.0)],
+  'flow_matching': [
+    ('batch_size', 0),
+    ('pooled_only', 0.9),
+    ('pooled_only', -0.1),
+    ('text_noise', -0.1),
+    ('time_std', 0.0),
+  ],
+  'dk_dm': [
+    ('teacher_batch', 0),
+    ('states_per_rollout', 0),
+    ('states_per_rollout', 99),
+    ('mixture', 1.5),
+    ('mixture_ramp', -0.5),
+    ('preservation_weight', -1.0),
+    ('teacher_seeds', 0),
+    ('text_noise', -0.1),
+    ('pooled_only', 1.1),
+    ('time_std', -1.0),
+  ],
+  'no_rl': [
+    ('prompts_per_step', 0),
+    ('prompts_per_step', -2),
+    ('images_per_prompt', 0),
+    ('rollout_steps', 0),
+    ('timesteps_per_image', 0),
+    ('updates_per_step', 0),
+    ('updates_per_step', 3),
+    ('explicit_share', 1.1),
+    ('beta', 0.0),
+    ('beta', 1.1),
+    ('reference_weight', -1.0),
+    ('reward_high', 0.0),
+    ('behaviour_inertia', -0.1),
+    ('behaviour_cap', 1.1),
+    ('time_min', 1.0),
+  ],
+}
+
+
+@pytest.mark.parametrize(
+  ('stage', 'key', 'value'),
+  [(stage, *case) for stage, cases in OUT_OF_RANGE.items() for case in (*COMMON, *cases)]
+  + [(stage, 'optimizer', {'learning_rate': -1.0}) for stage in STAGE_CONFIGS],
+)
+def test_out_of_range(stage, key, value):
+  with pytest.raises(UserError, match=rf'{key}.* is .* but must be') as caught:
+    parse(**{stage: {key: value}})
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('stage', 'key'),
+  [('autoencoder', 'batch_size'), ('reward', 'batch_size'), ('flow_matching', 'batch_size'),
+   ('dk_dm', 'teacher_batch'), ('no_rl', 'prompts_per_step')],
+)  # fmt: skip
+def test_batches_divide_by_accumulation(stage, key):
+  with pytest.raises(UserError, match=f'`{key}` is .* multiple of'):
+    parse(**{stage: {'accumulation': 7}})
+
+
+@pytest.mark.parametrize(
+  ('section', 'key', 'value'),
+  [
+    ('model', 'resolution', 40),
+    ('model', 'text_length', 2),
+    ('model', 'dtype', 'float16'),
+    ('sampling', 'num_steps', 0),
+    ('sampling', 'guidance', -1.0),
+    ('sampling', 'cfg_scale', -1.0),
+    ('data', 'wordings_per_fact', 7),
+    ('evaluation', 'max_prompts', 0),
+    ('evaluation', 'batch_size', 0),
+    ('evaluation', 'gallery', -1),
+  ],
+)
+def test_sections_out_of_range(section, key, value):
+  with pytest.raises(UserError, match=f'`{key}` is {value!r} but must be'):
+    parse(**{section: {key: value}})
+
+
+def test_bad_lora_rules():
+  with pytest.raises(UserError, match='rank'):
+    parse(lora=[{'pattern': 'x', 'rank': 0, 'alpha': 1.0}])
+  with pytest.raises(UserError, match='no regular expression'):
+    parse(lora=[{'pattern': '(', 'rank': 1, 'alpha': 1.0}])
+
+
+def test_config_dicts_and_dicts_are_the_same():
+  values = {'stages': ('dk_dm',), 'dk_dm': {'optimizer': {'learning_rate': 1}}, 'lora': ()}
+  config = from_mapping(ExperimentConfig, ml_collections.ConfigDict(values))
+  assert config == from_mapping(ExperimentConfig, values)
+  # A whole number is as good as a float.
+  assert config.dk_dm.optimizer.learning_rate == 1.0
+  assert isinstance(config.dk_dm.optimizer.learning_rate, float)
+
+
+def test_json_round_trip():
+  config = parse(
+    seed=3,
+    lora=[{'pattern': 'attn', 'rank': 2, 'alpha': 4}],
+    dk_dm={'num_steps': 7, 'optimizer': {'decay': 'cosine'}},
+    model={'architecture': {'axes': (1, 2)}},
+  )
+  stored = json.loads(json.dumps(to_json(config)))
+  assert from_mapping(ExperimentConfig, stored) == config
+  assert 'autoencoder' not in stored and stored['dk_dm']['num_steps'] == 7
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_parse(path):
+  config = from_mapping(ExperimentConfig, load_config(str(path), {}))
+  stored = json.loads(json.dumps(to_json(config)))
+  assert from_mapping(ExperimentConfig, stored) == config
+
+
+def test_there_are_configs():
+  assert CONFIGS
+
+
+def test_every_field_is_documented():
+  for cls in (ExperimentConfig, *STAGE_CONFIGS.values(), config_lib.ModelConfig):
+    own = vars(cls).get('__annotations__', {})
+    for field in dataclasses.fields(cls):
+      assert field.name not in own or field.name in cls.__doc__, f'{cls.__name__}.{field.name}'
+
+
+FILE = """
+import ml_collections
+def get_config(arg='none'):
+  config = ml_collections.ConfigDict({'stages': ('dk_dm',), 'dk_dm': {'num_steps': 5}})
+  config.title = arg
+  return config
+"""
+
+
+def test_overrides(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text(FILE)
+  values = load_config(
+    f'{path}:big,slow',
+    {
+      'dk_dm.num_steps': '7',
+      'dk_dm.optimizer.learning_rate': '1e-3',
+      'data.pairs': 'a/b c.jsonl',
+      'model.scan': 'false',
+      'stages': "('dk_dm', 'no_rl')",
+    },
+  )
+  config = from_mapping(ExperimentConfig, values)
+  assert config.title == 'big,slow'
+  assert config.dk_dm.num_steps == 7
+  assert config.dk_dm.optimizer.learning_rate == 1e-3
+  assert config.data.pairs == 'a/b c.jsonl'
+  assert config.model.scan is False
+  assert config.stages == ('dk_dm', 'no_rl')
+
+
+def test_override_below_a_value(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text(FILE)
+  with pytest.raises(UserError, match=r'--config.dk_dm.num_steps.x: `dk_dm.num_steps` is 5'):
+    load_config(str(path), {'dk_dm.num_steps.x': '1'})
