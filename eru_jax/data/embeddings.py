@@ -105,8 +105,9 @@ class EmbeddingCache:
       reader.close()
       self._rows |= {_key(prompt): row for prompt, row in map(_unpack, records)}
     except Exception as error:  # a damaged cache costs time, never a run
-      logging.warning('Embedding cache file %s is damaged (%s); its prompts are encoded again.',
-                      path, str(error).splitlines()[0])  # fmt: skip
+      logging.warning(
+        'Embedding cache file %s is damaged (%r); its prompts are encoded again.', path, error
+      )
       path.unlink(missing_ok=True)
 
   def _write(self, prompts: Sequence[str], rows: Sequence[Conditioning]) -> None:
