@@ -1,5 +1,7 @@
 """The embedding cache: hits, damage, two encoders, a kill before the rename."""
 
+import logging
+
 import numpy as np
 import pytest
 
@@ -17,9 +19,9 @@ class FakeEncoder:
 
   def encode(self, prompts):
     self.asked += list(prompts)
-    length = np.array([min(len(p), 4) for p in prompts])
+    length = np.array([min(len(p), 4) for p in prompts], int)
     mask = np.arange(4)[None] < length[:, None]
-    tokens = np.where(mask[..., None], np.array([[[len(p)]] for p in prompts], np.float32), 0)
+    tokens = np.where(mask, length[:, None], 0).astype(np.float32)[..., None]
     return Conditioning(tokens.repeat(2, axis=2), mask, length[:, None].astype(np.float32))
 
 
@@ -34,6 +36,23 @@ def test_what_is_cached_is_not_encoded_again(tmp_path):
     np.testing.assert_array_equal(getattr(first, name)[2], getattr(again, name)[1])
 
 
+def test_an_empty_prompt_is_named_by_its_own_index(tmp_path):
+  encoder = FakeEncoder()
+  cache = embeddings.EmbeddingCache(tmp_path, encoder)
+  cache.lookup(['x', 'yy'])
+  for bad in ('', '\u200b ', '\ud800', 3):
+    with pytest.raises(UserError, match='^Prompt 3 '):
+      cache.lookup(['x', 'yy', 'x', bad])
+  with pytest.raises(UserError, match='single text'):
+    cache.lookup('x')
+  assert encoder.asked == ['x', 'yy']
+
+
+def test_no_prompts_give_no_rows(tmp_path):
+  out = embeddings.EmbeddingCache(tmp_path, FakeEncoder()).lookup([])
+  assert out.tokens.shape == (0, 4, 2) and out.mask.shape == (0, 4)
+
+
 def test_fingerprints_never_mix(tmp_path):
   embeddings.EmbeddingCache(tmp_path, FakeEncoder('a' * 32)).lookup(['x'])
   other = FakeEncoder('b' * 32)
@@ -41,13 +60,24 @@ def test_fingerprints_never_mix(tmp_path):
   assert other.asked == ['x']
 
 
-def test_a_damaged_file_is_encoded_again(tmp_path):
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda data: data[: len(data) // 2],
+    lambda data: b'',
+    lambda data: data[:70] + bytes([data[70] ^ 1]) + data[71:],
+  ],
+  ids=['cut', 'empty', 'bit flip'],
+)
+def test_a_damaged_file_is_encoded_again(tmp_path, caplog, damage):
   encoder = FakeEncoder()
   embeddings.EmbeddingCache(tmp_path, encoder).lookup(['x', 'yy'])
   (path,) = tmp_path.rglob('*.array_record')
-  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  found = embeddings.EmbeddingCache(tmp_path, encoder).lookup(['yy'])
+  path.write_bytes(damage(path.read_bytes()))
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    found = embeddings.EmbeddingCache(tmp_path, encoder).lookup(['yy'])
   assert encoder.asked == ['x', 'yy', 'yy'] and found.pooled[0, 0] == 2
+  assert [path.name in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_kill_before_the_rename_leaves_a_usable_cache(tmp_path, monkeypatch):

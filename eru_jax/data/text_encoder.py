@@ -166,26 +166,38 @@ def load_minilm(directory: str | None = None, max_length: int = 24) -> TextEncod
   for name in (_CONFIG, _WEIGHTS, _TOKENIZER):
     with open(root / name, 'rb') as file:
       digest.update(hashlib.file_digest(file, 'sha256').digest())
-  try:
-    config = BertConfig.from_dict(json.loads((root / _CONFIG).read_text(encoding='utf-8')))
-  except json.JSONDecodeError as error:
-    raise UserError(f'{root / _CONFIG} is not JSON ({error}): copy the file again.') from error
+  config = _load_config(root / _CONFIG)
   return TextEncoder(
     config=config,
     params=jax.device_put(weights.load(root / _WEIGHTS, config)),
-    tokenizer=_load_tokenizer(root / _TOKENIZER),
+    tokenizer=_load_tokenizer(root / _TOKENIZER, config.vocab_size),
     files_digest=digest.hexdigest(),
     max_length=max_length,
   )
 
 
-def _load_tokenizer(path: pathlib.Path) -> Any:
+def _load_config(path: pathlib.Path) -> BertConfig:
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:  # neither JSON nor UTF-8
+    raise UserError(f'{path} is not JSON ({error}): copy the file again.') from error
+  if not isinstance(values, dict):
+    raise UserError(f'{path} holds no JSON object: copy the file again.')
+  return BertConfig.from_dict(values)
+
+
+def _load_tokenizer(path: pathlib.Path, vocab_size: int) -> Any:
   import tokenizers  # here, because commands must print their help quickly
 
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises the bare class
     raise UserError(f'{path} is no tokeniser file ({error}): copy the file again.') from error
+  if tokenizer.get_vocab_size() > vocab_size:  # an embedding that does not exist reads as NaN
+    raise UserError(
+      f'{path} knows {tokenizer.get_vocab_size()} word pieces, but the model {vocab_size}: take '
+      'tokeniser and weights from the same model.'
+    )
   tokenizer.no_padding()
   tokenizer.no_truncation()
   return tokenizer

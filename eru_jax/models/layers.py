@@ -1,11 +1,13 @@
 """Layers every backbone shares: Dense (LoRA- and int8-aware), norms, embeddings, taps."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Initializer = Callable[..., jax.Array]
 
@@ -119,8 +121,11 @@ def sinusoidal_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -
     (B, dim) float32, whatever the dtype of t: bfloat16 cannot hold 1000 t.
   """
   half = dim // 2
-  frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-  angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+  # Angles reach thousands of radians, where the last bit of a frequency is seen: exponents are
+  # rounded to float32 as the reference does, exponentials correctly.
+  exponents = -math.log(max_period) * np.arange(half, dtype=np.float32) / half
+  frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+  angles = t.astype(jnp.float32)[:, None] * frequencies
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
