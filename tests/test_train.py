@@ -1,0 +1,294 @@
+"""Whole tiny experiments: what they write, and that a broken-off one ends as an unbroken one."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from eru_jax.errors import UserError
+from eru_jax.training.metrics import read_metrics
+
+LORA = [{'pattern': 'attn/', 'rank': 2, 'alpha': 2.0}]
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def start(config, workdir):
+  from eru_jax.training.run import train
+
+  train(config, str(workdir))
+
+
+def checkpoint_arrays(workdir):
+  """Every array of the newest checkpoint of every stage, as it was saved."""
+  from orbax.checkpoint import v1 as ocp
+
+  found = {}
+  for stage in sorted((workdir / 'checkpoints').iterdir()):
+    assert '.damaged' not in stage.name
+    with ocp.training.Checkpointer(str(stage)) as checkpointer:
+      step = checkpointer.latest.step
+      tree = checkpointer.load_pytree(step)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      found[stage.name, step, jax.tree_util.keystr(path)] = np.asarray(leaf)
+  return found
+
+
+def timeless(workdir):
+  """metrics.jsonl without what the clock says."""
+  return [
+    {k: v for k, v in row.items() if not k.startswith('time')}
+    for row in read_metrics(workdir / 'metrics.jsonl')
+  ]
+
+
+def assert_same_run(workdir, unbroken):
+  arrays, expected = checkpoint_arrays(workdir), checkpoint_arrays(unbroken)
+  assert arrays.keys() == expected.keys()
+  assert any('params' in name for _, _, name in arrays)
+  for name, array in expected.items():
+    assert array.tobytes() == arrays[name].tobytes(), name
+  assert json.dumps(timeless(workdir)) == json.dumps(timeless(unbroken))
+  scores = [json.loads((w / 'summary.json').read_text())['stages'] for w in (workdir, unbroken)]
+  assert scores[0] == scores[1]
+
+
+@pytest.fixture(params=[(), LORA], ids=['full', 'lora'])
+def finished(request, tiny_config, tmp_path):
+  """(config, workdir) of a run that has come to its end."""
+  config = tiny_config | {'lora': request.param}
+  start(config, tmp_path / 'run')
+  return config, tmp_path / 'run'
+
+
+def test_run_writes_all_it_promises(finished, capsys):
+  config, workdir = finished
+  stored = json.loads((workdir / 'config.json').read_text())
+  assert stored['dk_dm']['num_steps'] == 6 and len(stored['lora']) == len(config['lora'])
+
+  rows = read_metrics(workdir / 'metrics.jsonl')
+  assert [(row['stage'], row['step']) for row in rows] == [
+    *(('dk_dm', step) for step in range(1, 7)), *(('no_rl', step) for step in range(1, 5))
+  ]  # fmt: skip
+  for row in rows:
+    assert np.isfinite(row['loss']) and row['grad_norm'] > 0 and row['skipped'] == 0
+  assert all('reward' in row for row in rows if row['stage'] == 'no_rl')
+
+  summary = json.loads((workdir / 'summary.json').read_text())
+  assert list(summary['stages']) == ['base', 'dk_dm', 'no_rl']
+  for scores in summary['stages'].values():
+    assert set(scores) == {'explicit', 'train', 'wording', 'fact', 'unrelated', 'unrelated_drift'}
+    for split in set(scores) - {'unrelated_drift'}:
+      value = scores[split]
+      assert 1 <= value['n'] <= 4
+      assert 0 <= value['ci95'][0] <= value['accuracy'] <= value['ci95'][1] <= 1
+  assert summary['stages']['base']['unrelated_drift'] == 0
+  assert summary['stages']['dk_dm']['unrelated_drift'] > 0
+  seconds = summary['seconds']
+  assert {'load', 'dk_dm', 'no_rl', 'evaluate base', 'this start'} <= set(seconds)
+  assert all(value >= 0 for value in seconds.values())
+  assert summary['peak_memory_gb'] > 0.05 and summary['versions']['jax'] == jax.__version__
+
+  report = (workdir / 'report.html').read_text(encoding='utf-8')
+  assert config['title'] in report and 'what a caterpillar becomes' in report
+  for split in ('explicit', 'train', 'wording', 'fact', 'unrelated'):
+    assert (workdir / 'samples' / f'{split}.png').read_bytes().startswith(b'\x89PNG')
+
+  arrays = checkpoint_arrays(workdir)
+  assert {(stage, step) for stage, step, _ in arrays} == {('dk_dm', 6), ('no_rl', 4)}
+  trained = [name for _, _, name in arrays if 'params' in name]
+  # An adapter has two matrices a layer and nothing else of the network.
+  assert bool(config['lora']) == all(re.search(r"\['[ab]'\]$", name) for name in trained)
+  policy = [name for stage, _, name in arrays if stage == 'no_rl' and 'behaviour' in name]
+  assert policy
+
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
+  capsys.readouterr()
+  start(config, workdir)
+  assert 'This run is finished' in capsys.readouterr().out
+  assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
+
+
+def test_workdir_of_another_config_is_refused(tiny_config, tmp_path):
+  from eru_jax.training import config as config_lib
+  from eru_jax.training import workdir as workdir_lib
+
+  config = config_lib.from_mapping(config_lib.ExperimentConfig, tiny_config)
+  workdir_lib.claim(tmp_path / 'run', config_lib.to_json(config))
+  before = (tmp_path / 'run' / 'config.json').read_bytes()
+  other = tiny_config | {'no_rl': tiny_config['no_rl'] | {'beta': 0.5}}
+  with pytest.raises(UserError, match=r'another config \(no_rl.beta was 1.0 and is now 0.5\)'):
+    start(other, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'config.json').read_bytes() == before
+  # What no number depends on may change.
+  renamed = config_lib.from_mapping(config_lib.ExperimentConfig, tiny_config | {'title': 'New'})
+  workdir_lib.claim(tmp_path / 'run', config_lib.to_json(renamed))
+
+
+def test_directory_of_something_else_is_refused(tiny_config, tmp_path):
+  (tmp_path / 'thesis.tex').write_text('x')
+  with pytest.raises(UserError, match=r'is not empty and holds no run .* another --workdir'):
+    start(tiny_config, tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
+  with pytest.raises(UserError, match='choose another --workdir'):
+    start(tiny_config, tmp_path / 'thesis.tex')
+
+
+def test_damaged_config_of_a_workdir(tiny_config, tmp_path):
+  (tmp_path / 'config.json').write_text('{')
+  with pytest.raises(UserError, match=r'config.json is damaged .* choose another --workdir'):
+    start(tiny_config, tmp_path)
+
+
+def test_batches_that_do_not_divide_are_refused_before_anything_is_loaded(tiny_config, tmp_path):
+  tiny_config['dk_dm'] |= {'rollouts': 3, 'accumulation': 2, 'teacher_batch': 4}
+  with pytest.raises(UserError, match='`teacher_batch` is 4 but must be .* a multiple of'):
+    start(tiny_config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_loss_that_stays_non_finite_ends_the_run(tiny_config, tmp_path, monkeypatch):
+  from eru_jax.training import loop
+
+  monkeypatch.setattr(loop, 'MAX_SKIPPED', 3)
+  tiny_config['stages'] = ('dk_dm',)
+  tiny_config['dk_dm']['preservation_weight'] = 3e38 * 10
+  with pytest.raises(UserError, match=r'dk_dm: .* not finite in the last 3 updates up to step 3'):
+    start(tiny_config, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'summary.json').exists()
+
+
+# Below, runs in processes of their own, which may be killed.
+
+
+def command(tiny_config, workdir, directory):
+  path = directory / 'config.py'
+  path.write_text(f'def get_config():\n  return {tiny_config!r}\n')
+  return [sys.executable, '-m', 'eru_jax.train', f'--config={path}', f'--workdir={workdir}']
+
+
+def launch(arguments):
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  return subprocess.Popen(
+    arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
+
+
+def to_the_end(arguments):
+  process = launch(arguments)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  return output
+
+
+def interrupt(arguments, stage_directory, number, delay):
+  """Sends a signal `delay` seconds after the first checkpoint of a stage is there."""
+  process = launch(arguments)
+  deadline = time.monotonic() + 300
+  while not any(p.name.isdigit() for p in stage_directory.glob('*')):
+    assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+    time.sleep(0.005)
+  time.sleep(delay)
+  process.send_signal(number)
+  output, _ = process.communicate(timeout=120)
+  return process.returncode, output
+
+
+def longer(tiny_config):
+  """Many iterations with a checkpoint each, so that a kill hits something."""
+  tiny_config['dk_dm'] |= dict(num_steps=40, save_every=4)
+  tiny_config['no_rl'] |= dict(num_steps=30, save_every=3)
+  tiny_config['lora'] = LORA
+  return tiny_config
+
+
+@pytest.fixture
+def unbroken(tiny_config, tmp_path):
+  """(command for a workdir, workdir of the run that nothing disturbed)."""
+  config = longer(tiny_config)
+  to_the_end(command(config, tmp_path / 'unbroken', tmp_path))
+  return lambda workdir: command(config, workdir, tmp_path), tmp_path / 'unbroken'
+
+
+@pytest.mark.slow
+def test_killed_run_ends_as_an_unbroken_one(unbroken, tmp_path):
+  make, expected = unbroken
+  chance = random.Random(20)
+  workdir = tmp_path / 'killed'
+  for stage in ('dk_dm', 'no_rl'):
+    code, output = interrupt(
+      make(workdir), workdir / 'checkpoints' / stage, signal.SIGKILL, chance.uniform(0, 0.3)
+    )
+    assert code == -signal.SIGKILL, output
+    assert not (workdir / 'summary.json').exists()
+  to_the_end(make(workdir))
+  assert_same_run(workdir, expected)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_leaves_quietly_and_resumes_exactly(unbroken, tmp_path):
+  make, expected = unbroken
+  workdir = tmp_path / 'stopped'
+  for stage in ('dk_dm', 'no_rl'):
+    code, output = interrupt(make(workdir), workdir / 'checkpoints' / stage, signal.SIGTERM, 0.05)
+    assert code == 0, output
+    assert 'Traceback' not in output
+    # All that has been done is saved: the last line of the metrics is that of the checkpoint.
+    last = read_metrics(workdir / 'metrics.jsonl')[-1]
+    saved = max(int(p.name) for p in (workdir / 'checkpoints' / stage).glob('[0-9]*'))
+    assert (last['stage'], last['step']) == (stage, saved)
+  to_the_end(make(workdir))
+  assert_same_run(workdir, expected)
+
+
+def test_run_resumed_in_process_ends_as_an_unbroken_one(tiny_config, tmp_path, monkeypatch):
+  """The fast sibling of the two above: SIGTERM at a known iteration of either stage."""
+  from eru_jax.training import loop
+
+  tiny_config['lora'] = LORA
+  start(tiny_config, tmp_path / 'unbroken')
+  flush = loop.MetricWriter.write
+
+  for stage, step in (('dk_dm', 3), ('dk_dm', 6), ('no_rl', 1)):
+    def write(self, name, done, values, at=(stage, step)):
+      flush(self, name, done, values)
+      if (name, done) == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.MetricWriter, 'write', write)
+    with pytest.raises(SystemExit) as caught:
+      start(tiny_config, tmp_path / 'stopped')
+    assert caught.value.code == 0
+    assert (tmp_path / 'stopped' / 'checkpoints' / stage / str(step)).is_dir()
+  monkeypatch.setattr(loop.MetricWriter, 'write', flush)
+  start(tiny_config, tmp_path / 'stopped')
+  assert_same_run(tmp_path / 'stopped', tmp_path / 'unbroken')
+
+
+def test_crash_between_metrics_and_checkpoint_leaves_no_trace(tiny_config, tmp_path, monkeypatch):
+  from eru_jax.training import loop
+
+  tiny_config['stages'] = ('dk_dm',)
+  start(tiny_config, tmp_path / 'unbroken')
+  save = loop.StageCheckpoints.save
+
+  def crash(self, step, state, position):
+    if step == 4:
+      raise RuntimeError('power cut')
+    save(self, step, state, position)
+
+  monkeypatch.setattr(loop.StageCheckpoints, 'save', crash)
+  with pytest.raises(RuntimeError, match='power cut'):
+    start(tiny_config, tmp_path / 'crashed')
+  assert read_metrics(tmp_path / 'crashed' / 'metrics.jsonl')[-1]['step'] == 4
+  monkeypatch.setattr(loop.StageCheckpoints, 'save', save)
+  start(tiny_config, tmp_path / 'crashed')
+  assert_same_run(tmp_path / 'crashed', tmp_path / 'unbroken')
