@@ -10,6 +10,7 @@ if [ ! -x "$VENV/bin/python" ]; then
 fi
 source "$VENV/bin/activate"
 python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
-python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+# The build backend warns at length about every editable installation.
+PYTHONWARNINGS=ignore python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
   -r launch/requirements-emoji.txt

@@ -20,8 +20,9 @@ from eru_jax.weights.table import to_flax, to_torch
 VARIED = [
   'a', 'Red Apple', 'red apple.', "the fruit that keeps the doctor's bill away", 'flag of Kenya',
   'flag of Côte d’Ivoire', 'São Tomé & Príncipe', 'Curaçao', 'naïve façade, déjà vu', 'İstanbul',
-  'straße und Größe', 'Ω ≈ 3,14 · 10⁻⁵', 'ﬁne ﬂow', 'a 東京 tower!', '日本語のテキスト', '서울의 밤',
-  'Привет, мир', 'שלום עולם', 'مرحبا بالعالم', 'नमस्ते दुनिया', '🍎', 'an 🍎 a day 👩‍🔬', 'tabs\tand\nlines',
+  'straße und Größe', 'Ω ≈ 3,14 · 10⁻⁵', 'ﬁne ﬂow', 'a 東京 tower!', '日本語です',
+  '서울의 밤', 'Привет, мир', 'שלום עולם', 'مرحبا بالعالم', 'नमस्ते दुनिया', '🍎', 'an 🍎 a day 👩‍🔬',
+  'tabs\tand\nlines',
   '  spaces   everywhere  ', 'zero\u200bwidth\ufeff', 'e\u0301 and é', '[SEP] in [MASK] text',
   'unbelievably antidisestablishmentarianistic', 'x' * 120, "don't stop -- it's 5:30 p.m. (GMT+2)",
   'a\x00b\x7fc', '½ of 100% #1 @home $5',
@@ -167,12 +168,13 @@ def _write_model(directory, vocab_size, words):
     intermediate_size=8, max_position_embeddings=8, type_vocab_size=2,
   )  # fmt: skip
   config = BertConfig.from_dict(values)
-  ids = jnp.zeros((1, 2), jnp.int32)
-  params = nn.unbox(MiniLM(config).init(jax.random.key(0), ids, ids == 0)['params'])
-  extra = {'pooler.dense.bias': np.zeros(8), 'embeddings.position_ids': np.arange(8)[None]}
-  write_safetensors(
-    directory / 'model.safetensors', to_torch(params, table.rows(config), table.counts(config)) | extra
-  )
+  ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  mask = jax.ShapeDtypeStruct((1, 2), bool)
+  shapes = nn.unbox(jax.eval_shape(MiniLM(config).init, jax.random.key(0), ids, mask)['params'])
+  params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
+  stored = to_torch(params, table.rows(config), table.counts(config))
+  stored |= {'pooler.dense.bias': np.zeros(8), 'embeddings.position_ids': np.arange(8)[None]}
+  write_safetensors(directory / 'model.safetensors', stored)
   (directory / 'config.json').write_text(json.dumps(values))
   vocab = {f'w{n}': n for n in range(words)}
   model = tokenizers.models.WordPiece(vocab, unk_token='w0')
