@@ -1,6 +1,6 @@
 """How often are the judge and the reward wrong on generated pictures?
 
-    python benchmarks/judge.py --model=runs/emoji --output=/tmp/judge            # pictures to label
+    python benchmarks/judge.py --model=runs/emoji --output=/tmp/judge            # to label
     python benchmarks/judge.py --model=runs/emoji --output=/tmp/judge \\
       --labels=benchmarks/results/judge_labels.json                              # error rates
 

@@ -94,7 +94,6 @@ OUT_OF_RANGE = {
     ('rollout_steps', 0),
     ('timesteps_per_image', 0),
     ('updates_per_step', 0),
-    ('updates_per_step', 3),
     ('explicit_share', 1.1),
     ('beta', 0.0),
     ('beta', 1.1),
@@ -126,6 +125,11 @@ def test_out_of_range(stage, key, value):
 def test_batches_divide_by_accumulation(stage, key):
   with pytest.raises(UserError, match=f'`{key}` is .* multiple of'):
     parse(**{stage: {'accumulation': 7}})
+
+
+def test_rollouts_divide_by_updates():
+  with pytest.raises(UserError, match='`prompts_per_step` is 16 .* multiple of updates_per_step'):
+    parse(no_rl={'updates_per_step': 3})
 
 
 @pytest.mark.parametrize(

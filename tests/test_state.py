@@ -58,9 +58,10 @@ def test_non_finite_update_is_skipped_counted_and_recovered_from(loss, gradient)
 def test_average_warms_up_as_in_closed_form():
   optimizer = optax.sgd(1.0)
   state = init_state(params(), optimizer)
+  update = jax.jit(lambda s, g: apply_gradients(s, g, jnp.float32(0), optimizer, 0.8)[0])
   w = average = PARAMS['w'].astype(np.float64)
   for n in range(120):
-    state, _ = apply_gradients(state, ones(0.01 * (n % 7)), jnp.float32(0), optimizer, 0.8)
+    state = update(state, ones(0.01 * (n % 7)))
     w = w - 0.01 * (n % 7)
     decay = min(0.8, (1 + n) / (10 + n))
     average = decay * average + (1 - decay) * w
