@@ -8,7 +8,8 @@ The first call draws `--count` pictures of every stage, half under implicit prom
 `wording` and half under explicit ones, and writes contact sheets: each cell shows the right answer
 on the left and the generated picture on the right. A person decides for each whether it shows the
 answer, without seeing what the models say, and lists the numbers of the right ones:
-{"right": [0, 3, ...], "unsure": [7], "labelled by": "...", "date": "..."}. The second call compares.
+{"right": [0, 3, ...], "unsure": [7], "labelled by": "...", "date": "..."}. The second call
+compares.
 """
 
 import json
