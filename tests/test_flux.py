@@ -55,7 +55,9 @@ def _inputs(batch=2, length=5, grid=(3, 4), seed=0):
     pooled=normal(batch, SMALL['pooled_projection_dim']),
   )
   t = rng.uniform(0.05, 0.95, batch).astype(np.float32)
-  guidance = rng.uniform(1, 5, batch).astype(np.float32)
+  # The model multiplies by 1,000, and torch's exp differs by an ulp between processors: at a
+  # guidance of 5 that ulp in a frequency is worth 1e-5 of the gradients, whoever is right.
+  guidance = rng.uniform(0.1, 1, batch).astype(np.float32)
   x, direction = (normal(batch, tokens, SMALL['in_channels']) for _ in range(2))
   return x, t, conditioning, flux.image_ids(*grid), guidance, direction
 

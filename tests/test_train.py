@@ -98,7 +98,8 @@ def test_run_writes_all_it_promises(finished, capsys):
   assert summary['peak_memory_gb'] > 0.05 and summary['versions']['jax'] == jax.__version__
 
   report = (workdir / 'report.html').read_text(encoding='utf-8')
-  assert config['title'] in report and 'what a caterpillar becomes' in report
+  assert config['title'] in report
+  assert 'the insect that was once a caterpillar' in report and 'the animal that purrs' in report
   for split in ('explicit', 'train', 'wording', 'fact', 'unrelated'):
     assert (workdir / 'samples' / f'{split}.png').read_bytes().startswith(b'\x89PNG')
 

@@ -1,7 +1,6 @@
 """Everything the stages share: the world, its prompts, and the model between two stages."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 import zlib
@@ -99,7 +98,7 @@ class Experiment:
   world: World
   text: TextTable
 
-  @functools.cached_property
+  @property
   def schedule(self) -> jax.Array:
     """Solver grid of evaluation."""
     return flow.timestep_schedule(self.config.sampling.num_steps, self.config.sampling.shift_mu)
