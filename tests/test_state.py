@@ -122,6 +122,45 @@ def test_schedules():
   assert size_of_update(OptimizerConfig(warmup_steps=9, decay='cosine').build(4), 4).max() < 1e-4
 
 
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
+  rng = np.random.default_rng(0)
+  weights = {
+    'kernel': rng.standard_normal((6, 4)),
+    'stack': {'kernel': rng.standard_normal((2, 6, 4)), 'bias': rng.standard_normal((2, 4))},
+    'conv': rng.standard_normal((3, 3, 2, 2)),
+  }
+  weights = jax.tree.map(jnp.float32, weights)
+  config = OptimizerConfig(algorithm='muon', learning_rate=0.1, clip_norm=1e9)
+  adamw = optax.adamw(0.1, nesterov=True, weight_decay=0.0)
+  muon = config.build(1)
+  update, _ = muon.update(weights, muon.init(weights), weights)
+  expected, _ = adamw.update(weights, adamw.init(weights), weights)
+  for gradient, step in [
+    (weights['kernel'], update['kernel']),
+    *zip(weights['stack']['kernel'], update['stack']['kernel'], strict=True),
+  ]:
+    u, _, v = np.linalg.svd(gradient, full_matrices=False)
+    # Five Newton-Schulz iterations bring singular values to between 0.7 and 1.2, not to one.
+    singular = np.diag(u.T @ np.asarray(step) @ v.T) / (-0.1 * 0.2 * np.sqrt(6))
+    assert np.all((singular > 0.6) & (singular < 1.3)), singular
+    off_diagonal = u.T @ np.asarray(step) @ v.T
+    np.testing.assert_allclose(off_diagonal - np.diag(np.diag(off_diagonal)), 0, atol=1e-4)
+  for mine, theirs in ((update['stack']['bias'], expected['stack']['bias']),
+                       (update['conv'], expected['conv'])):  # fmt: skip
+    np.testing.assert_allclose(mine, theirs, rtol=1e-3)
+
+
+def test_weight_decay_spares_stacked_biases():
+  weights = {'bias': jnp.ones((3, 2)), 'scale': jnp.ones((3, 2)), 'kernel': jnp.ones((3, 2, 2))}
+  for algorithm in ('adamw', 'muon'):
+    optimizer = OptimizerConfig(algorithm=algorithm, weight_decay=0.5, learning_rate=0.1).build(1)
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    updates, _ = optimizer.update(zeros, optimizer.init(weights), weights)
+    np.testing.assert_allclose(updates['kernel'], -0.05, rtol=1e-5)
+    np.testing.assert_array_equal(updates['bias'], 0)
+    np.testing.assert_array_equal(updates['scale'], 0)
+
+
 def squared_error(params, frozen, batch, key, step):
   del frozen, key, step
   error = batch['x'] @ params['w'] + params['b'] - batch['y']

@@ -38,19 +38,23 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with linear warm-up and an optional cosine decay.
+  """AdamW or Muon, with linear warm-up and an optional cosine decay.
 
   Attributes:
+    algorithm: 'adamw', or 'muon' (Jordan et al. 2024): matrices move along their orthogonalised
+      momentum, scaled to the root mean square of an AdamW step (Liu et al., arXiv 2502.16982), so
+      that learning rates carry over; biases, scales and convolutions take AdamW steps.
     learning_rate: peak learning rate.
     warmup_steps: updates of linear warm-up.
     decay: 'constant' or 'cosine' (to zero at the stage's last update).
-    b1: first-moment decay.
-    b2: second-moment decay.
+    b1: AdamW's first-moment decay. Muon's momentum has its usual 0.95.
+    b2: AdamW's second-moment decay.
     weight_decay: decoupled weight decay, on matrices only.
     clip_norm: gradients are scaled down to this global norm.
     ema_decay: asymptotic decay of the parameter average; warmed up as (1 + n) / (10 + n).
   """
 
+  algorithm: str = 'adamw'
   learning_rate: float = 1e-4
   warmup_steps: int = 0
   decay: str = 'constant'
@@ -62,6 +66,7 @@ class OptimizerConfig:
 
   def __post_init__(self):
     rules = {
+      'algorithm': (self.algorithm in ('adamw', 'muon'), "'adamw' or 'muon'"),
       'learning_rate': (self.learning_rate > 0, 'positive'),
       'warmup_steps': (self.warmup_steps >= 0, 'zero or more'),
       'decay': (self.decay in ('constant', 'cosine'), "'constant' or 'cosine'"),
@@ -88,16 +93,48 @@ class OptimizerConfig:
       schedule = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
     else:
       schedule = self.learning_rate
-    return optax.chain(
-      optax.clip_by_global_norm(self.clip_norm),
-      optax.adamw(
+    if self.algorithm == 'muon':
+      descend = optax.contrib.muon(
+        schedule,
+        weight_decay=self.weight_decay,
+        adam_b1=self.b1,
+        adam_b2=self.b2,
+        muon_weight_dimension_numbers=_muon_axes,
+        consistent_rms=_ADAMW_RMS,
+      )
+    else:
+      descend = optax.adamw(
         schedule,
         self.b1,
         self.b2,
         weight_decay=self.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-      ),
-    )
+        mask=_matrices,
+      )
+    return optax.chain(optax.clip_by_global_norm(self.clip_norm), descend)
+
+
+# Root mean square of a typical AdamW update, before the learning rate.
+_ADAMW_RMS = 0.2
+
+
+def _matrices(params: PyTree) -> PyTree:
+  """True for weights. By name, since biases and scales of stacked layers have two axes as well."""
+
+  def is_matrix(path: tuple, parameter: jax.Array) -> bool:
+    return parameter.ndim > 1 and getattr(path[-1], 'key', None) not in ('bias', 'scale')
+
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _muon_axes(params: PyTree) -> PyTree:
+  """Input and output axes of matrices (..., in, out), stacked over layers or not; else None."""
+
+  def axes(parameter: jax.Array, matrix: bool) -> optax.contrib.MuonDimensionNumbers | None:
+    if not matrix or parameter.ndim > 3:
+      return None
+    return optax.contrib.MuonDimensionNumbers(parameter.ndim - 2, parameter.ndim - 1)
+
+  return jax.tree.map(axes, params, _matrices(params))
 
 
 def init_state(
