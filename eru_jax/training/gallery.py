@@ -1,5 +1,6 @@
 """Before and after: the same prompts, from the same noise, at every stage of a run."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +12,12 @@ from eru_jax.training.experiment import Experiment
 from eru_jax.training.pictures import image_grid, save_png
 from eru_jax.training.report import GalleryRow
 
-TITLES = {'base': 'Base', 'dk_dm': 'After DK-DM', 'no_rl': 'After NO-RL'}
+TITLES = {
+  'base': 'Base',
+  'flow_matching': 'After fine-tuning',
+  'dk_dm': 'After DK-DM',
+  'no_rl': 'After NO-RL',
+}
 # Unseen wordings first: they are what the method is for.
 _ORDER = ('wording', 'train', 'fact', 'explicit', 'unrelated')
 
@@ -21,25 +27,49 @@ def gallery_rows(
 ) -> list[GalleryRow]:
   """The report's rows: target, the base on the explicit prompt, then every stage's picture."""
   rows = []
-  for split in _ORDER:
-    if split not in experiment.world.splits or not evaluations:
-      continue
-    pairs, answers = selected(experiment, split)
-    for place, row in enumerate(gallery(experiment, split)):
-      pictures = []
-      if split in IMPLICIT_SPLITS and 'base' in evaluations:
-        anchors = evaluations['base'].generated[f'{split} anchors']
-        right = bool(anchors.shown[place] == answers[row])
-        pictures.append(('Base, explicit prompt', anchors.images[place], right))
-      for label, evaluation in evaluations.items():
-        generated = evaluation.generated[split]
-        right = bool(generated.shown[row] == answers[row])
-        pictures.append((TITLES.get(label, label), generated.images[row], right))
-      pair = pairs[row]
-      anchor = pair.explicit if split in IMPLICIT_SPLITS else ''
-      target = experiment.world.pictures.images[answers[row]]
-      rows.append(GalleryRow(pair.implicit, anchor, split, target, pictures))
+  for split in _ORDER if evaluations else ():
+    if split in experiment.world.splits:
+      shown = enumerate(gallery(experiment, split))
+      rows += [_row(experiment, evaluations, split, row, place) for place, row in shown]
+  rows += _mistakes(experiment, evaluations)
   return rows
+
+
+def _row(
+  experiment: Experiment,
+  evaluations: Mapping[str, Evaluation],
+  split: str,
+  row: int,
+  place: int | None = None,
+) -> GalleryRow:
+  """Row `row` of what was evaluated of a split; at `place` in its gallery, which has anchors."""
+  pairs, answers = selected(experiment, split)
+  pictures = []
+  if place is not None and split in IMPLICIT_SPLITS and 'base' in evaluations:
+    anchors = evaluations['base'].generated[f'{split} anchors']
+    right = bool(anchors.shown[place] == answers[row])
+    pictures.append(('Base, explicit prompt', anchors.images[place], right))
+  for label, evaluation in evaluations.items():
+    generated = evaluation.generated[split]
+    right = bool(generated.shown[row] == answers[row])
+    pictures.append((TITLES.get(label, label), generated.images[row], right))
+  pair = pairs[row]
+  anchor = pair.explicit if split in IMPLICIT_SPLITS else ''
+  target = experiment.world.pictures.images[answers[row]]
+  return GalleryRow(pair.implicit, anchor, split, target, pictures)
+
+
+def _mistakes(
+  experiment: Experiment, evaluations: Mapping[str, Evaluation]
+) -> list[GalleryRow]:
+  """Explicit prompts that the base gets wrong: these, unlike all others, are picked by result."""
+  if 'base' not in evaluations or 'explicit' not in evaluations['base'].generated:
+    return []
+  _, answers = selected(experiment, 'explicit')
+  wrong = np.flatnonzero(evaluations['base'].generated['explicit'].shown != answers)
+  wrong = wrong[: experiment.config.evaluation.gallery]
+  rows = [_row(experiment, evaluations, 'explicit', int(row)) for row in wrong]
+  return [dataclasses.replace(row, split='explicit mistakes') for row in rows]
 
 
 def save_grids(directory: pathlib.Path, rows: Sequence[GalleryRow]) -> None:
@@ -51,4 +81,5 @@ def save_grids(directory: pathlib.Path, rows: Sequence[GalleryRow]) -> None:
       columns = 1 + len(row.pictures)
       images += [row.target, *(image for _, image, _ in row.pictures)]
       labels += [row.prompt, *(title for title, _, _ in row.pictures)]
-    save_png(directory / f'{split}.png', image_grid(np.stack(images), columns, labels, scale=2))
+    name = split.replace(' ', '_')
+    save_png(directory / f'{name}.png', image_grid(np.stack(images), columns, labels, scale=2))

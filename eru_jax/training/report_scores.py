@@ -26,6 +26,11 @@ SPLITS = {
     'Explicit prompts',
     'The anchors themselves: what the model draws when it is told outright.',
   ),
+  'explicit mistakes': (
+    'Explicit prompts that the base gets wrong',
+    'The anchors\' own errors, every one the judge found up to the length of a gallery: no '
+    'distribution matched to these anchors can mend them. Correcting them is left to NO-RL.',
+  ),
   'wording': (
     'Known facts, unseen wordings',
     'Facts that refactoring trains on, asked in words that it never uses. A model that reorganised '

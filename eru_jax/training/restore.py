@@ -11,7 +11,7 @@ from eru_jax.errors import UserError
 from eru_jax.training import config as config_lib
 from eru_jax.training.experiment import Experiment, Snapshot, open_experiment
 from eru_jax.training.loop import load_result
-from eru_jax.training.stages import EVALUATED, STAGES
+from eru_jax.training.stages import STAGES, evaluated_as
 from eru_jax.weights import model_directory
 
 
@@ -85,5 +85,6 @@ def snapshots(
     if params is None:
       return
     snapshot = module.absorb(experiment, snapshot, params)
-    if name in EVALUATED:
-      yield EVALUATED[name], snapshot
+    label = evaluated_as(name, config.model.source)
+    if label:
+      yield label, snapshot

@@ -26,7 +26,7 @@ from eru_jax.training.gallery import gallery_rows, save_grids
 from eru_jax.training.loop import run_stage
 from eru_jax.training.metrics import MetricWriter, read_metrics
 from eru_jax.training.report import ReportData, write_report
-from eru_jax.training.stages import EVALUATED, STAGES
+from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as
 from eru_jax.weights import model_directory
 
 _NOTES = ('Pictures: Twemoji, graphics by Twitter, Inc. and other contributors, CC-BY 4.0.',)
@@ -79,9 +79,10 @@ def train(config_values: Any, workdir: str) -> None:
           name, stage, stage_config, key, mesh, directory, writer, config.stages
         )
         snapshot = module.absorb(experiment, snapshot, params)
-      if name in EVALUATED:
-        measure(EVALUATED[name], snapshot)
-    if config.model.source == 'scratch':
+      label = evaluated_as(name, config.model.source)
+      if label:
+        measure(label, snapshot)
+    if set(config.stages) & set(PRETRAINING):
       model_directory.save(directory / 'model', stored_model(config, snapshot))
 
   summary = {

@@ -2,8 +2,6 @@
 
 from eru_jax.training.stages import autoencoder, dk_dm, flow_matching, no_rl, reward
 
-# Stages that make or change the backbone, and the name their result is evaluated under.
-EVALUATED = {'flow_matching': 'base', 'dk_dm': 'dk_dm', 'no_rl': 'no_rl'}
 STAGES = {
   'autoencoder': autoencoder,
   'reward': reward,
@@ -11,3 +9,15 @@ STAGES = {
   'dk_dm': dk_dm,
   'no_rl': no_rl,
 }
+# What a run that had one of these hands on as a model directory.
+PRETRAINING = ('autoencoder', 'reward', 'flow_matching')
+
+
+def evaluated_as(stage: str, source: str) -> str | None:
+  """The label under which a stage's result is evaluated; None where it leaves the backbone alone.
+
+  From scratch, pretraining makes the base; from a model, it changes one that was the base before.
+  """
+  if stage in ('autoencoder', 'reward'):
+    return None
+  return 'base' if stage == 'flow_matching' and source == 'scratch' else stage
