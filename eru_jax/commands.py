@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from eru_jax.errors import UserError
+from eru_jax.errors import UserError, full_disk
 
 _OVERRIDE = 'config.'
 
@@ -28,10 +28,22 @@ def run(main: Callable[[], None]) -> None:
       main()
     except UserError as error:
       fail(str(error))
+    except OSError as error:
+      # Files that are no result, such as curves, are written by libraries that know no UserError.
+      if full_disk(error) is None:
+        raise
+      fail(f'{error}: free some space and run the same command again')
     except KeyboardInterrupt:
       fail('interrupted; run the same command again to continue', status=130)
 
   app.run(wrapped, flags_parser=_parse_flags)
+
+
+def define_seed() -> flags.FlagHolder[int]:
+  """The flag --seed, within what a JAX key tells apart."""
+  return flags.DEFINE_integer(
+    'seed', 0, 'Seed of the start noise.', lower_bound=0, upper_bound=2**32 - 1
+  )
 
 
 def config_overrides() -> dict[str, str]:

@@ -15,7 +15,7 @@ _MODEL = flags.DEFINE_string(
 )
 _PROMPTS = flags.DEFINE_string('prompts', None, 'JSON Lines file of knowledge pairs.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for evaluation.json and grid.png.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the start noise.')
+_SEED = commands.define_seed()
 flags.mark_flags_as_required(['model', 'prompts', 'output'])
 
 

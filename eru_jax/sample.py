@@ -21,13 +21,20 @@ _PROMPTS = flags.DEFINE_string(
   'prompts', None, 'File of prompts: JSON Lines of knowledge pairs (.jsonl), else one a line.'
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the pictures; made if needed.')
-_STEPS = flags.DEFINE_integer('steps', None, 'Euler steps; by default what the model was made for.')
-_GUIDANCE = flags.DEFINE_float(
-  'guidance', None, 'Guidance scale: embedded if the model has that, else classifier-free.'
+_STEPS = flags.DEFINE_integer(
+  'steps', None, 'Euler steps; by default what the model was made for.', lower_bound=1
 )
-_HEIGHT = flags.DEFINE_integer('height', None, "Pixels; by default the model's own size.")
-_WIDTH = flags.DEFINE_integer('width', None, "Pixels; by default the model's own size.")
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the start noise.')
+_GUIDANCE = flags.DEFINE_float(
+  'guidance', None, 'Guidance scale: embedded if the model has that, else classifier-free.',
+  lower_bound=0,
+)  # fmt: skip
+_HEIGHT = flags.DEFINE_integer(
+  'height', None, "Pixels; by default the model's own size.", lower_bound=1
+)
+_WIDTH = flags.DEFINE_integer(
+  'width', None, "Pixels; by default the model's own size.", lower_bound=1
+)
+_SEED = commands.define_seed()
 _NUM_IMAGES = flags.DEFINE_integer('num_images', 1, 'Pictures of each prompt.', lower_bound=1)
 _LATENTS = flags.DEFINE_string(
   'latents', None, 'Start noise instead of --seed: .npy file, packed (N, S, C) float32, one row a '

@@ -1,7 +1,9 @@
 """Checkpoints: exact, atomic, checked when read; the last good one wins."""
 
+import contextlib
 import errno
 import pathlib
+import resource
 import shutil
 
 import jax
@@ -243,6 +245,7 @@ def test_state_of_another_shape_is_an_error_that_leaves_the_checkpoints_alone(
     OSError(errno.ENOSPC, 'No space left on device'),
     OSError(errno.EROFS, 'Read-only file system'),
     ValueError('RESOURCE_EXHAUSTED: Error writing "d/0": [os_error: No space left on device]'),
+    OSError(errno.EDQUOT, 'Disk quota exceeded'),
   ],
 )
 def test_full_disk_is_an_error_and_the_earlier_checkpoint_is_intact(directory, monkeypatch, error):
@@ -261,14 +264,95 @@ def test_full_disk_is_an_error_and_the_earlier_checkpoint_is_intact(directory, m
   checkpoints.close()
 
 
-def test_other_errors_of_saving_are_not_disguised(directory, monkeypatch):
+@contextlib.contextmanager
+def file_size_limit(size):
+  """The kernel itself refuses to let a file of this process grow beyond `size` bytes."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_writes_that_really_fail_leave_one_sentence_and_no_debris(tmp_path, capfd, caplog):
+  """Not simulated: TensorStore's own error, from several threads, after a part was written."""
+  directory, shape = tmp_path / 'checkpoints' / 'stage', (200, 200)
+  checkpoints = StageCheckpoints(directory)
+  for step in (1, 2):
+    checkpoints.save(step, state_at(step, shape), position(step))
+  words = 'step 3 in .*: File too large. .* step 2 is intact'
+  with file_size_limit(60_000), pytest.raises(UserError, match=words) as caught:
+    checkpoints.save(3, state_at(3, shape), position(3))
+  assert '\n' not in str(caught.value)
+  out, err = capfd.readouterr()
+  assert 'Traceback' not in out + err + caplog.text
+  assert checkpoints.steps == [1, 2]
+  assert sorted(p.name for p in directory.iterdir() if p.is_dir()) == ['1', '2']
+  # With space again, the same process can go on ...
+  checkpoints.save(3, state_at(3, shape), position(3))
+  checkpoints.close()
+  # ... and so can another.
+  checkpoints, (state, where) = reopened(directory, state_at(0, shape))
+  assert_bits(state, state_at(3, shape))
+  assert where == position(3)
+  checkpoints.close()
+
+
+def test_a_full_disk_at_the_first_checkpoint(tmp_path):
+  checkpoints = StageCheckpoints(tmp_path / 'stage')
+  with file_size_limit(60_000), pytest.raises(UserError, match='there is none yet; free some'):
+    checkpoints.save(1, state_at(1, (200, 200)), position(1))
+  assert checkpoints.restore(like(state_at(0, (200, 200)))) is None
+  checkpoints.close()
+
+
+def test_a_full_disk_ends_a_run_with_the_checkpoints_own_sentence(
+  tiny_config, tmp_path, monkeypatch
+):
+  """Nothing else can be written either, and must not speak in its place."""
+  from eru_jax.training import loop, run
+  from eru_jax.training.metrics import read_metrics
+
+  tiny_config['stages'] = ('dk_dm',)
+  save, replace_file = loop.StageCheckpoints.save, run.replace_file
+
+  def full(path, *args):
+    raise UserError(f'{path} cannot be written: No space left on device.')
+
+  def save_until_full(self, step, state, where):
+    if step == 4:
+      monkeypatch.setattr(run, 'replace_file', full)
+      monkeypatch.setattr(self._checkpointer, 'save_pytree', full_disk)
+    save(self, step, state, where)
+
+  def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.StageCheckpoints, 'save', save_until_full)
+    with pytest.raises(UserError, match='the checkpoint of step 4 .* the one of step 2 is intact'):
+      run.train(tiny_config, str(tmp_path / 'run'))
+  monkeypatch.setattr(run, 'replace_file', replace_file)
+  assert not (tmp_path / 'run' / 'summary.json').exists()
+  run.train(tiny_config, str(tmp_path / 'run'))
+  assert (tmp_path / 'run' / 'summary.json').exists()
+  rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+  'error',
+  [TypeError('a bug'), RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')],
+)
+def test_other_errors_of_saving_are_not_disguised(directory, monkeypatch, error):
   checkpoints = StageCheckpoints(directory)
 
   def broken(*args, **kwargs):
-    raise TypeError('a bug')
+    raise error
 
   monkeypatch.setattr(checkpoints._checkpointer, 'save_pytree', broken)
-  with pytest.raises(TypeError, match='a bug'):
+  with pytest.raises(type(error), match=str(error)):
     checkpoints.save(4, state_at(4), position(4))
   checkpoints.close()
 

@@ -238,6 +238,30 @@ def test_mistakes_in_a_config_file_are_found_before_jax_is_loaded(tmp_path):
   assert 'absl.flags' in imported and 'jax' not in imported
 
 
+@pytest.mark.parametrize(('code', 'known'), [('ENOSPC', True), ('EDQUOT', True), ('EIO', False)])
+def test_a_full_disk_is_one_line_whoever_notices_it(code, known, tmp_path):
+  """Curves are written by libraries that raise the system's own error."""
+  script = (
+    'import errno, os\nfrom eru_jax import commands\n'
+    f'def main():\n  raise OSError(errno.{code}, os.strerror(errno.{code}), "events.out")\n'
+    'commands.run(main)\n'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', script],
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  if known:
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith('error: ') and 'events.out' in line and 'free some space' in line
+  else:
+    assert result.returncode == 1 and 'Traceback' in result.stderr
+
+
 def test_help_names_the_flags(tmp_path):
   result = run('--help', directory=tmp_path)
   assert '--config' in result.stdout and '--workdir' in result.stdout

@@ -1,6 +1,9 @@
 """The embedding cache: hits, damage, two encoders, a kill before the rename."""
 
+import dataclasses
+import json
 import logging
+import resource
 
 import numpy as np
 import pytest
@@ -100,3 +103,110 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
   monkeypatch.setattr(embeddings.os, 'replace', full)
   with pytest.raises(UserError, match='free some space'):
     embeddings.EmbeddingCache(tmp_path, FakeEncoder()).lookup(['x'])
+
+
+def test_a_full_disk_in_the_middle_of_a_record_is_one_sentence(tmp_path):
+  """Not simulated: the kernel stops the file at 20 kB."""
+  encoder, prompts = FakeEncoder(), [f'{n} ' + 'x' * 500 for n in range(300)]
+  cache = embeddings.EmbeddingCache(tmp_path, encoder)
+  cache.lookup(['x'])
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+  try:
+    with pytest.raises(UserError, match='cannot be written .* free some space') as caught:
+      cache.lookup(prompts)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert '\n' not in str(caught.value)
+  assert [path.suffix for path in tmp_path.rglob('*.*')] == ['.array_record']
+  # What was there before is still there, and a second try succeeds.
+  again = FakeEncoder()
+  assert embeddings.EmbeddingCache(tmp_path, again).lookup(['x']).pooled[0, 0] == 1
+  assert again.asked == [] and len(cache.lookup(prompts).pooled) == 300
+
+
+# With a real encoder, tiny and random.
+
+
+def write_encoder(directory, numbers, vocab_size=10):
+  """A text encoder of ten word pieces, and a tokeniser that gives w0, w1 ... these numbers."""
+  import flax.linen as nn
+  import jax
+  import jax.numpy as jnp
+  import tokenizers
+
+  from eru_jax.models.minilm import BertConfig, MiniLM
+  from eru_jax.weights import minilm as table
+  from eru_jax.weights.safetensors_io import write_safetensors
+  from eru_jax.weights.table import to_torch
+
+  config = BertConfig(vocab_size, 8, 1, 2, 8, 8, 2)
+  ids = jnp.zeros((1, 2), jnp.int32)
+  shapes = jax.eval_shape(MiniLM(config).init, jax.random.key(0), ids, ids >= 0)['params']
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda s: rng.standard_normal(s.shape).astype(np.float32), nn.unbox(shapes)
+  )
+  tensors = to_torch(params, table.rows(config), table.counts(config))
+  write_safetensors(directory / 'model.safetensors', tensors)
+  (directory / 'config.json').write_text(json.dumps(dataclasses.asdict(config)))
+  vocab = {f'w{index}': number for index, number in enumerate(numbers)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token='w0'))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.save(str(directory / 'tokenizer.json'))
+  return directory
+
+
+@pytest.fixture(scope='module')
+def encoder(tmp_path_factory):
+  from eru_jax.data.text_encoder import load_minilm
+
+  return load_minilm(write_encoder(tmp_path_factory.mktemp('e'), range(10)), max_length=4)
+
+
+def test_a_tokeniser_with_gaps_in_its_numbers_is_refused(tmp_path):
+  """Three word pieces fit into ten embeddings; number 57 does not, and would read as NaN."""
+  from eru_jax.data.text_encoder import load_minilm
+
+  with pytest.raises(UserError, match='tokenizer.json numbers .* up to 57, but the model has 10'):
+    load_minilm(write_encoder(tmp_path, [0, 3, 57]), max_length=4)
+  last = load_minilm(write_encoder(tmp_path, [0, 3, 9]), max_length=4).encode(['w2 w1'])
+  assert np.isfinite(last.tokens).all() and np.isfinite(last.pooled).all()
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'words'),
+  [
+    ('w1', 'single text'),
+    ([None], '^Prompt 0 is None, not a text'),
+    (['w1', 3.5], '^Prompt 1 is 3.5, not a text'),
+    ([b'w1'], "^Prompt 0 is b'w1', not a text"),
+    ([['w1']], '^Prompt 0 is .* not a text'),
+    (['w1', ''], '^Prompt 1 .* is empty'),
+    (['\u2028\x00\t'], '^Prompt 0 .* is empty'),
+    (['w1 \ud83d'], '^Prompt 0 .* half a surrogate pair'),
+  ],
+)
+def test_odd_input_is_one_error_and_nothing_is_cached(encoder, prompts, words, tmp_path):
+  for ask in (encoder.encode, embeddings.EmbeddingCache(tmp_path, encoder).lookup):
+    with pytest.raises(UserError, match=words) as caught:
+      ask(prompts)
+    assert '\n' not in str(caught.value)
+  assert not list(tmp_path.rglob('*.*'))
+
+
+def test_empty_lists_and_huge_prompts(encoder, tmp_path, caplog):
+  cache = embeddings.EmbeddingCache(tmp_path, encoder)
+  for none in (cache.lookup([]), cache.lookup(()), encoder.encode([])):
+    assert none.tokens.shape == (0, 4, 8) and none.mask.shape == (0, 4)
+    assert none.pooled.shape == (0, 8)
+  huge = 'w1 w2 w3 ' * 100_000
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    out = cache.lookup([huge, 'w1 w2 w3 w3', 'w1', 'unheard of'])
+  # The warning quotes its beginning only.
+  (record,) = caplog.records
+  assert 'longer than 4 tokens' in record.getMessage() and len(record.getMessage()) < 500
+  np.testing.assert_array_equal(out.mask.sum(1), [4, 4, 1, 2])
+  assert np.isfinite(out.tokens).all() and np.isfinite(out.pooled).all()
+  stored = embeddings.EmbeddingCache(tmp_path, encoder).lookup([huge])
+  np.testing.assert_array_equal(stored.tokens[0], out.tokens[0])

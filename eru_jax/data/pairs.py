@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from eru_jax.errors import UserError
 
 _REQUIRED = ('implicit', 'explicit')
 _OPTIONAL = ('category', 'split', 'id', 'subject_span', 'image')
+# Control characters, invisible formatting, separators.
+_BLANK = frozenset(['Cc', 'Cf', 'Zl', 'Zp', 'Zs'])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,11 @@ class KnowledgePair:
 def normalise(prompt: str) -> str:
   """The form in which two prompts count as the same: folded case, single spaces."""
   return ' '.join(prompt.casefold().split())
+
+
+def is_blank(text: str) -> bool:
+  """Whether a text says nothing: white space, control characters, invisible formatting."""
+  return all(unicodedata.category(character) in _BLANK for character in text)
 
 
 def by_split(pairs: Iterable[KnowledgePair]) -> dict[str, list[KnowledgePair]]:
@@ -213,7 +221,7 @@ def _array_message(where: str) -> str:
 def _check_text(key: str, value: Any, where: str) -> None:
   if not isinstance(value, str):
     raise UserError(f'{where}: the field {key!r} is {value!r}: it must be a string.')
-  if not value.strip():
+  if is_blank(value):
     raise UserError(f'{where}: the field {key!r} is empty: fill it in or remove it.')
   try:
     value.encode('utf-8')

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from eru_jax.data.emoji import package_directory
+from eru_jax.data.pairs import is_blank
 from eru_jax.errors import UserError
 from eru_jax.models.minilm import BertConfig, MiniLM, conditioning_from_hidden
 from eru_jax.types import Conditioning
@@ -30,8 +30,8 @@ _CONFIG, _WEIGHTS, _TOKENIZER = 'config.json', 'model.safetensors', 'tokenizer.j
 _BATCH = 64
 # Part of the fingerprint: raise it when the same files would give other embeddings.
 _RECIPE = 'minilm mean-pooled, zero padding, 1'
-# Control characters, invisible formatting, separators: a prompt of these says nothing.
-_BLANK = frozenset(['Cc', 'Cf', 'Zl', 'Zp', 'Zs'])
+# Characters of an over-long prompt that the warning about it quotes.
+_QUOTED = 200
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -50,10 +50,9 @@ def check_prompts(prompts: Sequence[str]) -> None:
   for index, prompt in enumerate(prompts):
     if not isinstance(prompt, str):
       raise UserError(f'Prompt {index} is {prompt!r}, not a text: give a str.')
-    categories = {unicodedata.category(character) for character in prompt}
-    if categories <= _BLANK:
+    if is_blank(prompt):
       raise UserError(f'Prompt {index} ({prompt!r}) is empty: remove it or give it words.')
-    if 'Cs' in categories:
+    if any('\ud800' <= character <= '\udfff' for character in prompt):
       raise UserError(f'Prompt {index} ({prompt!r}) holds half a surrogate pair: re-encode it.')
 
 
@@ -116,7 +115,7 @@ class TextEncoder:
         len(cut),
         len(rows),
         self.max_length,
-        prompts[cut[0]],
+        prompts[cut[0]][:_QUOTED],
       )
     ids = np.zeros((len(rows), self.max_length), np.int32)
     mask = np.zeros(ids.shape, bool)
@@ -193,9 +192,11 @@ def _load_tokenizer(path: pathlib.Path, vocab_size: int) -> Any:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises the bare class
     raise UserError(f'{path} is no tokeniser file ({error}): copy the file again.') from error
-  if tokenizer.get_vocab_size() > vocab_size:  # an embedding that does not exist reads as NaN
+  # Numbers may have gaps, so counting is not enough. An embedding that does not exist reads as NaN.
+  needed = max(tokenizer.get_vocab().values(), default=0) + 1
+  if needed > vocab_size:
     raise UserError(
-      f'{path} knows {tokenizer.get_vocab_size()} word pieces, but the model {vocab_size}: take '
+      f'{path} numbers its word pieces up to {needed - 1}, but the model has {vocab_size}: take '
       'tokeniser and weights from the same model.'
     )
   tokenizer.no_padding()

@@ -67,6 +67,13 @@ class FluxConfig:
   axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
   def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type is int and (type(value) is not int or value < 1):
+        raise UserError(f'FLUX config: {field.name} is {value!r}, but must be a positive integer.')
+    dims = self.axes_dims_rope
+    if not isinstance(dims, tuple) or not all(type(size) is int for size in dims):
+      raise UserError(f'FLUX config: axes_dims_rope is {dims!r}, but must be a list of integers.')
     if sum(self.axes_dims_rope) != self.attention_head_dim:
       raise UserError(
         f'FLUX config: axes_dims_rope {self.axes_dims_rope} must sum to attention_head_dim '

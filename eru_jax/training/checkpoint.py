@@ -4,9 +4,11 @@ A thin layer over Orbax, so that its API is named in this file only. Every check
 CRC of each of its arrays: storage that silently returns other bytes counts as damage too.
 """
 
-import errno
+import contextlib
 import pathlib
+import shutil
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from eru_jax.errors import UserError
+from eru_jax.errors import UserError, full_disk
 
 PyTree = Any
 
@@ -44,9 +46,13 @@ class StageCheckpoints:
     """Opens (or makes) the directory; `keep` checkpoints survive, the oldest go first."""
     self._directory = pathlib.Path(directory).absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
-    self._checkpointer = ocp.training.Checkpointer(
+    self._keep = keep
+    self._checkpointer = self._open()
+
+  def _open(self) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(
       str(self._directory),
-      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
     )
 
   @property
@@ -68,14 +74,23 @@ class StageCheckpoints:
       'layout': _layout(state),
     }
     try:
-      self._checkpointer.save_pytree(step, state, custom_metadata=metadata)
+      with _quiet():
+        self._checkpointer.save_pytree(step, state, custom_metadata=metadata)
     except Exception as error:
-      if not _is_storage_error(error):
+      reason = full_disk(error)
+      if reason is None:
         raise
+      # Orbax would raise the same error again at whatever it is asked next.
+      with _quiet(), contextlib.suppress(Exception):
+        self._checkpointer.close()
+      self._checkpointer = self._open()
+      # What was written of the new one would only keep the disk full.
+      for part in self._directory.glob(f'{step}.*'):
+        shutil.rmtree(part, ignore_errors=True)
       earlier = f'the one of step {self.steps[-1]} is intact' if self.steps else 'there is none yet'
       raise UserError(
         f'Could not save the checkpoint of step {step} in {self._directory}: '
-        f'{_first_line(error)}. Of earlier checkpoints, {earlier}; free some space and run the '
+        f'{reason}. Of earlier checkpoints, {earlier}; free some space and run the '
         'same command again to continue.'
       ) from error
 
@@ -146,16 +161,17 @@ class StageCheckpoints:
     self._checkpointer.close()
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Silences Orbax's threads, which print the traceback of what they also raise."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
 def _first_line(error: BaseException) -> str:
   text = str(error).strip().splitlines()
   return (text[0] if text else type(error).__name__)[:200]
-
-
-def _is_storage_error(error: BaseException | None) -> bool:
-  while error is not None:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-      return True
-    if any(word in str(error) for word in ('No space left', 'RESOURCE_EXHAUSTED', 'os_error')):
-      return True
-    error = error.__cause__ or error.__context__
-  return False

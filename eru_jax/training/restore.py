@@ -28,8 +28,8 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
   if (path / 'config.json').is_file():
     try:
       values = json.loads((path / 'config.json').read_text(encoding='utf-8'))
-    except ValueError as error:
-      raise UserError(f'{path / "config.json"} is damaged: {error}.') from error
+    except (OSError, ValueError) as error:
+      raise UserError(f'{path / "config.json"} cannot be read: {error}.') from error
     return config_lib.from_mapping(config_lib.ExperimentConfig, values), path.absolute()
   if model != 'emoji_base' and not (path / 'eru_jax.json').is_file():
     raise UserError(

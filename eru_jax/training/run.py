@@ -1,5 +1,6 @@
 """A whole experiment, told from config to report."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -214,7 +215,9 @@ class _Stopwatch:
   def __enter__(self) -> None:
     return None
 
-  def __exit__(self, *unused) -> None:
+  def __exit__(self, failure: type[BaseException] | None, *unused) -> None:
     spent = time.monotonic() - self._began
     self.total[self._phase] = self.total.get(self._phase, 0.0) + spent
-    replace_file(self._path, json.dumps(self.total).encode())
+    # On a full disk, what failed before says more than that this fails too.
+    with contextlib.suppress(*([UserError] if failure else [])):
+      replace_file(self._path, json.dumps(self.total).encode())

@@ -1,14 +1,17 @@
 """What `python -m eru_jax.sample` does: prompts in, pictures and a grid out."""
 
 import dataclasses
+import io
 import json
 import pathlib
+import zipfile
 from typing import Any
 
 import jax
 import numpy as np
 
 from eru_jax.data.pairs import read_prompt_file
+from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 from eru_jax.rewards.emoji import TemplateJudge
@@ -45,23 +48,26 @@ def _prompts(request: SampleRequest) -> list[str]:
       prompts += [pair.implicit for pair in read_prompt_file(path)]
     else:
       try:
-        lines = path.read_text(encoding='utf-8').splitlines()
+        # At newlines only and without a byte order mark, as prompt files are read.
+        lines = path.read_text(encoding='utf-8-sig').split('\n')
+      except FileNotFoundError as error:
+        raise UserError(f'There is no prompt file {path}: check the path.') from error
       except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'The prompt file {path} cannot be read: {error}.') from error
       prompts += [line.strip() for line in lines if line.strip()]
   if not prompts:
     raise UserError('There is nothing to draw: give --prompt (repeatable) or --prompts=FILE.')
-  for index, prompt in enumerate(prompts):
-    if not prompt.strip():
-      raise UserError(f'Prompt {index} is empty: remove it or give it words.')
+  check_prompts(prompts)  # before the world's own prompts come in front of them
   return prompts
 
 
 def _start_noise(path: str, shape: tuple[int, ...]) -> np.ndarray:
   try:
     noise = np.load(path, allow_pickle=False)
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise UserError(f'--latents={path} is not a readable .npy file: {error}.') from error
+  if not isinstance(noise, np.ndarray):
+    raise UserError(f'--latents={path} is an archive: give the .npy file of one array.')
   if noise.shape != shape or noise.dtype != np.float32:
     raise UserError(
       f'--latents={path} holds {noise.dtype} of shape {noise.shape}; these prompts need float32 of '
@@ -93,7 +99,11 @@ def sample(request: SampleRequest) -> pathlib.Path:
     # A model without a guidance embedding takes the scale as classifier-free guidance.
     sampling = dataclasses.replace(sampling, cfg_scale=request.guidance)
   reached = dict(snapshots(experiment, snapshot, workdir))
-  label = request.stage or next(reversed(reached), None)
+  if not reached:
+    raise UserError(
+      f'--model={request.model}: this run has not finished a stage that draws pictures yet.'
+    )
+  label = request.stage or next(reversed(reached))
   if label not in reached:
     raise UserError(f'--stage={label}: this model has the stages {list(reached)}.')
   size = (request.height or model.height, request.width or model.width)
@@ -125,7 +135,8 @@ def sample(request: SampleRequest) -> pathlib.Path:
   save_png(output / 'grid.png', image_grid(generated.images, columns, drawn, scale=2))
   replace_file(output / 'samples.json', (json.dumps(records, indent=2) + '\n').encode())
   if request.save_latents:
-    with open(output / 'latents_final.npy', 'wb') as file:
-      np.save(file, np.asarray(jax.device_get(generated.latents), np.float32))
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(jax.device_get(generated.latents), np.float32))
+    replace_file(output / 'latents_final.npy', buffer.getvalue())
   print(f'{len(drawn)} picture(s) with the model after {label!r}: {output / "grid.png"}')
   return output

@@ -10,7 +10,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
@@ -18,6 +20,8 @@ from flax import traverse_util
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 from eru_jax.models import autoencoder_kl, registry
+from eru_jax.rewards.emoji import EmojiReward
+from eru_jax.types import Conditioning
 from eru_jax.weights import autoencoder_kl as autoencoder_table
 from eru_jax.weights import flux as flux_table
 from eru_jax.weights import table
@@ -65,13 +69,16 @@ def read_settings(directory: str | pathlib.Path) -> dict[str, Any]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    values = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
     raise UserError(
       f'{path} is missing: a model directory holds eru_jax.json, transformer/ and vae/.'
     ) from None
   except (OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read: {error}.') from error
+  if not isinstance(values, dict):
+    raise UserError(f'{path} holds no JSON object: copy the file again.')
+  return values
 
 
 def _float32(tree: PyTree) -> PyTree:
@@ -94,32 +101,58 @@ def load(directory: str | pathlib.Path) -> StoredModel:
   family = registry.family(settings.get('family', ''))
   architecture = family.config.from_dict(_read_json(directory / 'transformer' / 'config.json'))
   rows, counts = _TABLES[family.name]
-  tensors = read_safetensors(directory / 'transformer' / _WEIGHTS)
-  backbone = table.to_flax(
-    tensors, rows(architecture), counts(architecture), shapes=_backbone_shapes(family, architecture)
+  backbone = _read_weights(
+    directory / 'transformer' / _WEIGHTS,
+    rows(architecture),
+    counts(architecture),
+    _backbone_shapes(family, architecture),
   )
   config = autoencoder_kl.AutoencoderConfig.from_dict(_read_json(directory / 'vae' / 'config.json'))
-  tensors = read_safetensors(directory / 'vae' / _WEIGHTS)
-  autoencoder = table.to_flax(
-    tensors, autoencoder_table.rows(config), autoencoder_table.counts(config)
+  autoencoder = _read_weights(
+    directory / 'vae' / _WEIGHTS,
+    autoencoder_table.rows(config),
+    autoencoder_table.counts(config),
+    _autoencoder_shapes(config),
   )
   reward = None
   if (directory / 'reward').is_dir():
-    reward = traverse_util.unflatten_dict(
-      read_safetensors(directory / 'reward' / 'model.safetensors'), sep='/'
-    )
-    reward = _float32(reward)
-  return StoredModel(
-    family, architecture, _float32(backbone), config, _float32(autoencoder), settings, reward
-  )
+    reward = _read_reward(directory / 'reward' / 'model.safetensors')
+  return StoredModel(family, architecture, backbone, config, autoencoder, settings, reward)
+
+
+def _read_weights(
+  path: pathlib.Path, rows: Sequence[table.Row], counts: Mapping[str, int], shapes: PyTree
+) -> PyTree:
+  """Float32 parameters of these shapes out of a weights file, which errors name."""
+  tensors = read_safetensors(path)
+  try:
+    return _float32(table.to_flax(tensors, rows, counts, shapes))
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
+
+
+def _read_reward(path: pathlib.Path) -> PyTree:
+  """Parameters of the reward classifier, which is stored under its own names."""
+  tensors = read_safetensors(path)
+  bias = tensors.get('head/bias')
+  if bias is None or bias.ndim != 1:
+    raise UserError(f'{path} is not the reward classifier of a model directory: copy it again.')
+  module, images = EmojiReward(len(bias) - 1).module, jnp.zeros((1, 64, 64, 3))
+  shapes = jax.eval_shape(lambda: nn.unbox(module.init(jax.random.key(0), images)['params']))
+  names = traverse_util.flatten_dict(shapes, sep='/')
+  return _read_weights(path, [table.Row(name, name) for name in names], {}, shapes)
+
+
+def _autoencoder_shapes(config: autoencoder_kl.AutoencoderConfig) -> PyTree:
+  """Shapes the autoencoder's parameters must have, without making them."""
+  edge, channels = config.downscale, config.in_channels // config.patch_size**2
+  images = jax.ShapeDtypeStruct((1, edge, edge, channels), jnp.float32)
+  module = autoencoder_kl.AutoencoderKL(config)
+  return nn.unbox(jax.eval_shape(module.init, jax.random.key(0), images)['params'])
 
 
 def _backbone_shapes(family: registry.ModelFamily, architecture: Any) -> PyTree:
   """Shapes the backbone's parameters must have, without making them."""
-  import flax.linen as nn
-  import jax.numpy as jnp
-
-  from eru_jax.types import Conditioning
 
   def init():
     conditioning = Conditioning(
@@ -156,8 +189,6 @@ def save(directory: str | pathlib.Path, model: StoredModel, dtype: Any = ml_dtyp
 
   rows, counts = _TABLES[model.family.name]
   architecture, config = model.architecture, model.autoencoder_config
-  for name in ('transformer', 'vae', *(['reward'] if model.reward is not None else [])):
-    (directory / name).mkdir(parents=True, exist_ok=True)
   write_safetensors(
     directory / 'transformer' / _WEIGHTS,
     table.to_torch(stored(model.backbone), rows(architecture), counts(architecture)),

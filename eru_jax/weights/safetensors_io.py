@@ -51,7 +51,9 @@ def _read_one(path: pathlib.Path) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(path)
   except FileNotFoundError:
     raise UserError(f'There is no weights file {path}.') from None
-  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror or error}.') from error
+  except (safetensors.SafetensorError, ValueError, KeyError) as error:
     raise UserError(
       f'{path} is not a whole safetensors file ({error}): copy or download it again.'
     ) from error
@@ -67,6 +69,7 @@ def write_safetensors(
   Raises:
     UserError: if it cannot be written, for example because the disk is full.
   """
-  contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+  # Not np.ascontiguousarray, which would give scalars an axis.
+  contiguous = {name: np.asarray(value, order='C') for name, value in tensors.items()}
   data = safetensors.numpy.save(contiguous, dict(metadata) if metadata else None)
   replace_file(path, data)

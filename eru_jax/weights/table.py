@@ -139,7 +139,7 @@ def to_torch(
         continue
       value = np.asarray(flat.pop(path))
       for name, place in parts:
-        tensors[name] = np.ascontiguousarray(_TO_TORCH[row.op](value[place]))
+        tensors[name] = np.asarray(_TO_TORCH[row.op](value[place]), order='C')
   if missing or flat:
     parts = [_listing(k, v) for k, v in (('missing', missing), ('unknown', sorted(flat))) if v]
     raise UserError(f'These parameters do not fit the weight table ({"; ".join(parts)}).')
