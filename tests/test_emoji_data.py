@@ -225,6 +225,26 @@ def test_tables_equal_their_sources(data_dir, splits):
   assert fewer['fact'].pairs == tables['fact'].pairs
 
 
+def test_fewer_facts_are_learnt_and_asked_for_and_the_rest_stays(emoji_cache):
+  from eru_jax.data.world import load_world
+  from eru_jax.training.experiment import cache_directory
+
+  whole = load_world('emoji_knowledge', cache_directory()).splits
+  fewer = load_world('emoji_knowledge', cache_directory(), max_facts=7).splits
+  facts = {pair.explicit for pair in fewer['train'].pairs}
+  assert len(facts) == 7 and {pair.explicit for pair in fewer['wording'].pairs} == facts
+  assert len({pair.category for pair in fewer['train'].pairs}) > 2
+  for split in ('train', 'wording'):
+    expected = [pair for pair in whole[split].pairs if pair.explicit in facts]
+    assert list(fewer[split].pairs) == expected
+    answers = [whole[split].index[whole[split].pairs.index(pair)] for pair in expected]
+    assert fewer[split].index.tolist() == answers
+  for split in ('explicit', 'fact', 'unrelated'):
+    assert fewer[split].pairs == whole[split].pairs
+  everything = load_world('emoji_knowledge', cache_directory(), max_facts=9999).splits
+  assert everything['train'].pairs == whole['train'].pairs
+
+
 def test_unfinished_damaged_and_stale_datasets_are_rebuilt(data_dir):
   from eru_jax.data import emoji_knowledge
 

@@ -56,13 +56,16 @@ def answers(pictures: PictureTable, pairs: Sequence[KnowledgePair], source: str)
   return np.array(found, np.int32)
 
 
-def load_world(pairs: str, cache: pathlib.Path, wordings_per_fact: int = 6) -> World:
+def load_world(
+  pairs: str, cache: pathlib.Path, wordings_per_fact: int = 6, max_facts: int = 0
+) -> World:
   """Opens the emoji world with its own knowledge, or with a user's prompt file.
 
   Args:
     pairs: 'emoji_knowledge' or the path of a JSON Lines file of knowledge pairs.
     cache: where prepared datasets live.
     wordings_per_fact: training wordings used per fact of 'emoji_knowledge'.
+    max_facts: at most so many of its facts in the splits train and wording; 0 takes all.
 
   Raises:
     UserError: for a bad file, or a file without training pairs.
@@ -70,7 +73,7 @@ def load_world(pairs: str, cache: pathlib.Path, wordings_per_fact: int = 6) -> W
   pictures = load_pictures(cache / 'datasets')
   own = load_pairs(cache / 'datasets', wordings_per_fact)
   if pairs == 'emoji_knowledge':
-    return World(pictures, own)
+    return World(pictures, _fewer_facts(own, max_facts) if max_facts else own)
   by_split: dict[str, list[KnowledgePair]] = {}
   for pair in read_prompt_file(pairs):
     by_split.setdefault(pair.split, []).append(pair)
@@ -88,3 +91,17 @@ def load_world(pairs: str, cache: pathlib.Path, wordings_per_fact: int = 6) -> W
     )
     tables['explicit'] = PairTable(rows, answers(pictures, rows, pairs))
   return World(pictures, {'unrelated': own['unrelated'], **tables})
+
+
+def _fewer_facts(tables: Mapping[str, PairTable], count: int) -> dict[str, PairTable]:
+  """Leaves `count` facts, evenly spread, to learn from; what else is measured stays the same."""
+  facts = list(dict.fromkeys(pair.explicit for pair in tables['train'].pairs))
+  rows = np.linspace(0, len(facts) - 1, min(count, len(facts))).round().astype(int)
+  kept = {facts[row] for row in rows}
+
+  def fewer(table: PairTable) -> PairTable:
+    chosen = [row for row, pair in enumerate(table.pairs) if pair.explicit in kept]
+    return PairTable(tuple(table.pairs[row] for row in chosen), table.index[chosen])
+
+  learnt = {split: fewer(tables[split]) for split in ('train', 'wording')}
+  return {**tables, **learnt}

@@ -103,13 +103,19 @@ class DataConfig:
   Attributes:
     pairs: 'emoji_knowledge' (in the package) or a JSON Lines file of knowledge pairs.
     wordings_per_fact: of the package's knowledge, training wordings used for each fact.
+    max_facts: of the package's knowledge, facts trained on, evenly spread; 0 takes all.
   """
 
   pairs: str = 'emoji_knowledge'
   wordings_per_fact: int = 6
+  max_facts: int = 0
 
   def __post_init__(self):
-    require(self, wordings_per_fact=(1 <= self.wordings_per_fact <= 6, 'from 1 to 6'))
+    require(
+      self,
+      wordings_per_fact=(1 <= self.wordings_per_fact <= 6, 'from 1 to 6'),
+      max_facts=(self.max_facts >= 0, 'zero or more'),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,7 +194,8 @@ def open_experiment(
   Raises:
     UserError: for bad data, a bad model, or missing packages.
   """
-  world = load_world(config.data.pairs, cache_directory(), config.data.wordings_per_fact)
+  data = config.data
+  world = load_world(data.pairs, cache_directory(), data.wordings_per_fact, data.max_facts)
   prompts = [*world.pictures.names, *world.all_prompts, *extra_prompts]
   text = open_text(config.model.text_length, prompts)
   return Experiment(config, mesh, world, text), load_snapshot(config, mesh)

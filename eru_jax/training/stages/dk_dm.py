@@ -63,7 +63,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
   # prompts of split `unrelated` measure drift, so they are not among them.
   taken = {*anchors, *(pair.explicit for pair in experiment.prompts('unrelated'))}
   others = [name for name in experiment.world.pictures.names if name not in taken]
-  others = [others[row] for row in spread(len(others), len(anchors) // 2)]
+  others = [others[row] for row in spread(len(others), len(anchors))]
   kept = [*anchors, *others, '']
 
   implicit_rows = experiment.text.index([pair.implicit for pair in pairs])
