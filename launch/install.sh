@@ -5,7 +5,8 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     "name another one with PYTHON=..." >&2
   exit 2
 fi
-if [ ! -x "$VENV/bin/python" ]; then
+# Last of what venv writes: an interrupted creation is made anew.
+if [ ! -f "$VENV/bin/activate" ]; then
   "$PYTHON" -m venv "$VENV"
 fi
 source "$VENV/bin/activate"
