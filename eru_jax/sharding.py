@@ -1,11 +1,14 @@
 """The device mesh, the one table of logical axis rules, and shardings of states and batches."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,9 +74,35 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
   )
 
 
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+  """What a model must be traced in for the constraints in its modules to hold.
+
+  Linen skips them without a word unless it finds both a mesh and rules; then nothing but the
+  parameters is split, and every device computes the whole batch.
+  """
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield
+
+
 def logical_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
-  """Shardings of a tree whose leaves carry linen's logical axis names (abstract or not)."""
-  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+  """Shardings of a tree whose leaves carry linen's logical axis names (abstract or not).
+
+  Raises:
+    UserError: if the mesh does not divide an array, naming both.
+  """
+  shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(shardings)
+  for (path, sharding), array in zip(leaves, jax.tree.leaves(boxed), strict=True):
+    for size, axes in zip(array.shape, sharding.spec, strict=False):
+      names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+      if size % math.prod(mesh.shape[name] for name in names):
+        where = jax.tree_util.keystr(path, simple=True, separator='/')
+        sizes = ' x '.join(f'{name} = {mesh.shape[name]}' for name in names)
+        raise UserError(
+          f'mesh {sizes} does not divide the {size} channels of {where}, of shape {array.shape}.'
+        )
+  return shardings
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -88,7 +117,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def shardings_like(tree: PyTree, params: PyTree, param_shardings: PyTree, mesh: Mesh) -> PyTree:
   """Shardings of a training state: every subtree shaped like the parameters shares theirs.
 
-  Adam's moments, averages and policies repeat the parameter tree; counters are replicated.
+  Adam's moments, averages and policies repeat the parameter tree; counters are replicated. Muon
+  keeps two such trees, each with gaps where the other one has moments.
 
   Args:
     tree: the (abstract) state.
@@ -98,10 +128,17 @@ def shardings_like(tree: PyTree, params: PyTree, param_shardings: PyTree, mesh: 
   """
   structure = jax.tree.structure(params)
 
+  def is_gap(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
   def is_params(node: Any) -> bool:
-    return jax.tree.structure(node) == structure
+    return jax.tree.structure(node, is_leaf=is_gap) == structure
 
   def assign(node: Any) -> Any:
-    return param_shardings if is_params(node) else replicated(mesh)
+    if not is_params(node):
+      return replicated(mesh)
+    return jax.tree.map(
+      lambda x, where: x if is_gap(x) else where, node, param_shardings, is_leaf=is_gap
+    )
 
   return jax.tree.map(assign, tree, is_leaf=is_params)

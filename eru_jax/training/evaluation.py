@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eru_jax import sharding
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.data.world import IMPLICIT_SPLITS
 from eru_jax.models.registry import DiffusionModel
@@ -90,18 +91,19 @@ def draw(
   for start in range(0, len(prompts), size):
     # The last batch is filled up, so that one compiled program serves them all.
     rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
-    part = _generate(
-      snapshot.model,
-      judge,
-      sampling.cfg_scale,
-      snapshot.backbone,
-      snapshot.trainable,
-      snapshot.autoencoder,
-      jnp.asarray(noise[rows]),
-      experiment.text.take(text[rows]),
-      experiment.text.null,
-      experiment.schedule,
-    )
+    with sharding.use_mesh(experiment.mesh):
+      part = _generate(
+        snapshot.model,
+        judge,
+        sampling.cfg_scale,
+        snapshot.backbone,
+        snapshot.trainable,
+        snapshot.autoencoder,
+        jnp.asarray(noise[rows]),
+        experiment.text.take(text[rows]),
+        experiment.text.null,
+        experiment.schedule,
+      )
     kept = min(size, len(prompts) - start)
     parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], part))
   return Generated(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -67,7 +67,7 @@ def train(config_values: Any, workdir: str) -> None:
     evaluations[label] = found
     print(f'{label:>10}: ' + describe(found.scores), flush=True)
 
-  with MetricWriter(directory, config.wandb_project or None) as writer, jax.set_mesh(mesh):
+  with MetricWriter(directory, config.wandb_project or None) as writer, sharding.use_mesh(mesh):
     if config.model.source != 'scratch':
       measure('base', snapshot)
     for name in config.stages:
