@@ -105,41 +105,54 @@ def tiny_pairs(tmp_path_factory):
   return path
 
 
-@pytest.fixture
-def tiny_config(tiny_model_dir, tiny_pairs):
-  """Plain values of an experiment dk_dm -> no_rl of a few steps; the test may change them."""
-  return copy.deepcopy(
-    dict(
-      title='Tiny',
-      stages=('dk_dm', 'no_rl'),
-      model=dict(source=str(tiny_model_dir), scan=False),
-      data=dict(pairs=str(tiny_pairs)),
-      sampling=dict(num_steps=2),
-      evaluation=dict(max_prompts=4, batch_size=4, gallery=2),
-      dk_dm=dict(
-        num_steps=6,
-        save_every=2,
-        log_every=1,
-        teacher_batch=2,
-        teacher_seeds=1,
-        rollouts=2,
-        rollout_steps=2,
-        states_per_rollout=1,
-        preservation_batch=2,
-        optimizer=dict(learning_rate=1e-3, warmup_steps=2, decay='cosine'),
-      ),
-      no_rl=dict(
-        num_steps=4,
-        save_every=2,
-        log_every=1,
-        prompts_per_step=2,
-        images_per_prompt=2,
-        rollout_steps=2,
-        timesteps_per_image=1,
-        updates_per_step=2,
-        # The classifier is random, so no reward comes near this: every picture counts as wrong.
-        reward_high=0.1,
-        optimizer=dict(learning_rate=1e-3),
-      ),
-    )
+@pytest.fixture(scope='session')
+def _tiny_config(tiny_model_dir, tiny_pairs):
+  return dict(
+    title='Tiny',
+    stages=('dk_dm', 'no_rl'),
+    model=dict(source=str(tiny_model_dir), scan=False),
+    data=dict(pairs=str(tiny_pairs)),
+    sampling=dict(num_steps=2),
+    evaluation=dict(max_prompts=4, batch_size=4, gallery=2),
+    dk_dm=dict(
+      num_steps=6,
+      save_every=2,
+      log_every=1,
+      teacher_batch=2,
+      teacher_seeds=1,
+      rollouts=2,
+      rollout_steps=2,
+      states_per_rollout=1,
+      preservation_batch=2,
+      optimizer=dict(learning_rate=1e-3, warmup_steps=2, decay='cosine'),
+    ),
+    no_rl=dict(
+      num_steps=4,
+      save_every=2,
+      log_every=1,
+      prompts_per_step=2,
+      images_per_prompt=2,
+      rollout_steps=2,
+      timesteps_per_image=1,
+      updates_per_step=2,
+      # The classifier is random, so no reward comes near this: every picture counts as wrong.
+      reward_high=0.1,
+      optimizer=dict(learning_rate=1e-3),
+    ),
   )
+
+
+@pytest.fixture
+def tiny_config(_tiny_config):
+  """Plain values of an experiment dk_dm -> no_rl of a few steps; the test may change them."""
+  return copy.deepcopy(_tiny_config)
+
+
+@pytest.fixture(scope='session')
+def tiny_run(_tiny_config, tmp_path_factory):
+  """Workdir of such a run that has come to its end. Only to be read."""
+  from eru_jax.training.run import train
+
+  workdir = tmp_path_factory.mktemp('run') / 'tiny'
+  train(copy.deepcopy(_tiny_config), str(workdir))
+  return workdir

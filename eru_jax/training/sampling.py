@@ -61,18 +61,15 @@ def _prompts(request: SampleRequest) -> list[str]:
   return prompts
 
 
-def _start_noise(path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _read_noise(path: str) -> np.ndarray:
   try:
     noise = np.load(path, allow_pickle=False)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise UserError(f'--latents={path} is not a readable .npy file: {error}.') from error
   if not isinstance(noise, np.ndarray):
     raise UserError(f'--latents={path} is an archive: give the .npy file of one array.')
-  if noise.shape != shape or noise.dtype != np.float32:
-    raise UserError(
-      f'--latents={path} holds {noise.dtype} of shape {noise.shape}; these prompts need float32 of '
-      f'shape {shape}.'
-    )
+  if noise.dtype != np.float32:
+    raise UserError(f'--latents={path} holds {noise.dtype}: store it as float32.')
   return noise
 
 
@@ -83,6 +80,7 @@ def sample(request: SampleRequest) -> pathlib.Path:
     UserError: for whatever the user can mend.
   """
   prompts = _prompts(request)
+  noise = None if request.latents is None else _read_noise(request.latents)
   config, _ = read_config(request.model)
   changes: dict[str, Any] = {}
   if request.steps is not None:
@@ -111,10 +109,13 @@ def sample(request: SampleRequest) -> pathlib.Path:
   snapshot = dataclasses.replace(reached[label], model=model)
 
   drawn = [prompt for prompt in prompts for _ in range(request.num_images)]
-  if request.latents is not None:
-    noise = _start_noise(request.latents, (len(drawn), *model.latent_shape))
-  else:
+  shape = (len(drawn), *model.latent_shape)
+  if noise is None:
     noise = start_noise(model, request.seed, 'sample', np.arange(len(drawn)))
+  elif noise.shape != shape:
+    raise UserError(
+      f'--latents={request.latents} has shape {noise.shape}, but these prompts need {shape}.'
+    )
   experiment = dataclasses.replace(
     experiment, config=dataclasses.replace(experiment.config, sampling=sampling)
   )
