@@ -275,6 +275,9 @@ def file_size_limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+# Slow, that is, run alone: the limit is the whole process's, so that whatever else a long session
+# writes in the meantime meets it too.
+@pytest.mark.slow
 def test_writes_that_really_fail_leave_one_sentence_and_no_debris(tmp_path, capfd, caplog):
   """Not simulated: TensorStore's own error, from several threads, after a part was written."""
   directory, shape = tmp_path / 'checkpoints' / 'stage', (200, 200)
@@ -299,6 +302,7 @@ def test_writes_that_really_fail_leave_one_sentence_and_no_debris(tmp_path, capf
   checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_first_checkpoint(tmp_path):
   checkpoints = StageCheckpoints(tmp_path / 'stage')
   with file_size_limit(60_000), pytest.raises(UserError, match='there is none yet; free some'):
