@@ -2,7 +2,7 @@
 
     python -m eru_jax.train --config=configs/emoji_base.py --workdir=runs/emoji_base
 
-About an hour on 2 CPU cores. The result is runs/emoji_base/model, a model directory to put in
+About 75 minutes on 2 CPU cores. The result is runs/emoji_base/model, a model directory to put in
 place of eru_jax/assets/emoji_base, or to name in another config: --config.model.source=DIR.
 """
 
