@@ -83,9 +83,7 @@ def tiny_model_dir(emoji_cache, tmp_path_factory):
   settings = {'text_encoder': 'minilm', 'text_length': 24, 'resolution': 64, 'sampling': {}}
   model_directory.save(
     directory,
-    model_directory.StoredModel(
-      family, architecture, backbone, autoencoder, vae, settings, reward
-    ),
+    model_directory.StoredModel(family, architecture, backbone, autoencoder, vae, settings, reward),
   )
   return directory
 

@@ -27,9 +27,7 @@ def state_at(step, shape=(3, 5), behaviour=True):
 
 
 def like(state):
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-  )
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def assert_bits(a, b):

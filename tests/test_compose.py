@@ -95,9 +95,7 @@ def _losses():
   x_t = flow.interpolate(x_0, noise, t)
 
   def mixture(student):
-    kept = dk_dm.rollout_states(
-      keys[0], student, noise, flow.timestep_schedule(3), implicit, 2
-    )
+    kept = dk_dm.rollout_states(keys[0], student, noise, flow.timestep_schedule(3), implicit, 2)
     rows = [jax.tree.map(lambda x: x[kept[2]], c) for c in (implicit, explicit)]
     return dk_dm.dk_dm_mixture(
       student, frozen, (x_t, t, implicit, explicit), (*kept[:2], *rows), (x_t, t, other), 0.5

@@ -136,6 +136,7 @@ def test_rollouts_divide_by_updates():
   ('section', 'key', 'value'),
   [
     ('model', 'resolution', 40),
+    ('model', 'text_encoder', 't6'),
     ('model', 'text_length', 2),
     ('model', 'dtype', 'float16'),
     ('sampling', 'num_steps', 0),

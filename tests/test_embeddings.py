@@ -144,9 +144,7 @@ def write_encoder(directory, numbers, vocab_size=10):
   ids = jnp.zeros((1, 2), jnp.int32)
   shapes = jax.eval_shape(MiniLM(config).init, jax.random.key(0), ids, ids >= 0)['params']
   rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda s: rng.standard_normal(s.shape).astype(np.float32), nn.unbox(shapes)
-  )
+  params = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), nn.unbox(shapes))
   tensors = to_torch(params, table.rows(config), table.counts(config))
   write_safetensors(directory / 'model.safetensors', tensors)
   (directory / 'config.json').write_text(json.dumps(dataclasses.asdict(config)))

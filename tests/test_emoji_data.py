@@ -219,8 +219,8 @@ def test_tables_equal_their_sources(data_dir, splits):
     assert table.index.dtype == np.int32
     assert [pictures.names[i] for i in table.index] == [pair.explicit for pair in table.pairs]
   fewer = emoji_knowledge.load_pairs(data_dir, wordings_per_fact=2)
-  assert 3 * len(fewer['train'].pairs) == len(tables['train'].pairs) == 3 * len(
-    fewer['train'].index
+  assert (
+    3 * len(fewer['train'].pairs) == len(tables['train'].pairs) == 3 * len(fewer['train'].index)
   )
   assert fewer['fact'].pairs == tables['fact'].pairs
 

@@ -102,8 +102,14 @@ def test_densities_have_their_quantiles(kind):
 @pytest.mark.parametrize(
   'bad',
   [
-    {'kind': 'cosine'}, {'std': 0.0}, {'std': float('nan')}, {'mean': float('inf')},
-    {'shift_mu': float('nan')}, {'t_min': -0.1}, {'t_max': 1.1}, {'t_min': 0.6, 't_max': 0.4},
+    {'kind': 'cosine'},
+    {'std': 0.0},
+    {'std': float('nan')},
+    {'mean': float('inf')},
+    {'shift_mu': float('nan')},
+    {'t_min': -0.1},
+    {'t_max': 1.1},
+    {'t_min': 0.6, 't_max': 0.4},
   ],
 )
 def test_densities_out_of_range_are_user_errors(bad):
@@ -183,8 +189,13 @@ def test_sde_keeps_the_marginals_at_every_time():
   keys = jax.random.split(jax.random.key(3))
   noise = jax.random.normal(keys[0], (samples, 1))
   x_0, states = flow.euler_sde(
-    keys[1], _gaussian_velocity, noise, schedule, NOTHING,
-    noise_level=noise_level, return_trajectory=True,
+    keys[1],
+    _gaussian_velocity,
+    noise,
+    schedule,
+    NOTHING,
+    noise_level=noise_level,
+    return_trajectory=True,
   )
   assert states.shape == (num_steps, samples, 1)
   law = _sde_law(noise_level, num_steps)
@@ -313,9 +324,7 @@ def test_guidance_is_the_formula_in_one_call(masks):
   guided = flow.classifier_free_guidance(field, null, 3.5)(x_t, t, conditioning)
   assert calls == [(8, 3)] and guided.dtype == jnp.float32
   everywhere = jax.tree.map(lambda n: jnp.repeat(n, 4, axis=0), null)
-  with_prompt, without = (
-    field(x_t, t, c).astype(jnp.float32) for c in (conditioning, everywhere)
-  )
+  with_prompt, without = (field(x_t, t, c).astype(jnp.float32) for c in (conditioning, everywhere))
   np.testing.assert_allclose(guided, without + 3.5 * (with_prompt - without), rtol=1e-5, atol=1e-5)
 
 

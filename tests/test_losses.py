@@ -75,11 +75,13 @@ def _mixture_loss(params, seed=0, teacher=None, lam=0.3):
   teacher = _linear(_params(1) if teacher is None else teacher)
   a, b, c = (_batch(seed + i, size) for i, size in enumerate((6, 4, 5)))
   return dk_dm.dk_dm_mixture(
-    _linear(params), teacher,
+    _linear(params),
+    teacher,
     (a[0], a[2], _conditioning(6, 1), _conditioning(6, 2)),
     (b[0], b[2], _conditioning(4, 3), _conditioning(4, 4)),
     (c[0], c[2], _conditioning(5, 5)),
-    lam, 0.7,
+    lam,
+    0.7,
   )
 
 
@@ -88,8 +90,16 @@ def _no_rl_loss(params, seed=0, old=None, reference=None, beta=0.8):
   old = _linear(_params(1) if old is None else old)
   reference = _linear(_params(2) if reference is None else reference)
   return no_rl.no_rl(
-    _linear(params), old, reference, x_0, noise, t, _conditioning(6), r,
-    beta=beta, reference_weight=0.3,
+    _linear(params),
+    old,
+    reference,
+    x_0,
+    noise,
+    t,
+    _conditioning(6),
+    r,
+    beta=beta,
+    reference_weight=0.3,
   )
 
 
@@ -123,8 +133,10 @@ def test_losses_are_pure_float32_scalars_under_jit_and_vmap(loss):
 @pytest.mark.parametrize(
   ('loss', 'frozen'),
   [
-    (_matching_loss, 'teacher'), (_mixture_loss, 'teacher'),
-    (_no_rl_loss, 'old'), (_no_rl_loss, 'reference'),
+    (_matching_loss, 'teacher'),
+    (_mixture_loss, 'teacher'),
+    (_no_rl_loss, 'old'),
+    (_no_rl_loss, 'reference'),
   ],
 )
 def test_no_gradient_reaches_the_frozen_networks(loss, frozen):
@@ -176,12 +188,14 @@ def test_bfloat16_networks_are_compared_in_float32():
 
   def values(student, teacher):
     group = (x_t, t, c, c)
-    return jnp.stack([
-      flow_matching(student, x_t.astype(jnp.bfloat16), noise.astype(jnp.bfloat16), t, c)[0],
-      dk_dm.velocity_matching(student, teacher, x_t, t, c, c)[0],
-      dk_dm.dk_dm_mixture(student, teacher, group, group, group[:3], 0.5)[0],
-      no_rl.no_rl(student, teacher, teacher, x_t, noise, t, c, r)[0],
-    ])
+    return jnp.stack(
+      [
+        flow_matching(student, x_t.astype(jnp.bfloat16), noise.astype(jnp.bfloat16), t, c)[0],
+        dk_dm.velocity_matching(student, teacher, x_t, t, c, c)[0],
+        dk_dm.dk_dm_mixture(student, teacher, group, group, group[:3], 0.5)[0],
+        no_rl.no_rl(student, teacher, teacher, x_t, noise, t, c, r)[0],
+      ]
+    )
 
   found = values(student, teacher)
   assert found.dtype == jnp.float32
@@ -238,9 +252,7 @@ def test_rollout_states_are_visited_states_without_replacement():
   batch, kept, schedule = 5, 3, flow.timestep_schedule(6, 0.8)
   noise = jax.random.normal(jax.random.key(0), (batch, DIM))
   student, c = _linear(_params(scale=0.2)), _conditioning(batch)
-  rollout = jax.jit(
-    lambda key: dk_dm.rollout_states(key, student, noise, schedule, c, kept)
-  )
+  rollout = jax.jit(lambda key: dk_dm.rollout_states(key, student, noise, schedule, c, kept))
   x_t, t, index = rollout(jax.random.key(1))
   assert x_t.shape == (batch * kept, DIM) and t.shape == index.shape == (batch * kept,)
   assert jnp.issubdtype(index.dtype, jnp.integer)
@@ -315,9 +327,7 @@ def test_mixture_equals_separate_calls_and_calls_each_network_once(masked):
   def joined(p):
     student = lambda *args: counted(p)(*args)  # noqa: E731
     teacher = lambda *args: counted(_params(1))(*args)  # noqa: E731
-    groups = [
-      (b[0], b[2], i, e) for b, i, e in zip(batches, implicit, explicit, strict=True)
-    ]
+    groups = [(b[0], b[2], i, e) for b, i, e in zip(batches, implicit, explicit, strict=True)]
     return dk_dm.dk_dm_mixture(student, teacher, *groups[:2], groups[2][:3], 0.3, 0.7)
 
   def separate(p):

@@ -13,7 +13,12 @@ import pytest
 from oracle import gradients, randomise, relative_error, tensors
 
 from eru_jax.errors import UserError
-from eru_jax.models.minilm import BertConfig, MiniLM, conditioning_from_hidden
+from eru_jax.models.minilm import (
+  BertConfig,
+  MiniLM,
+  conditioning_from_hidden,
+  sentence_conditioning,
+)
 from eru_jax.weights import minilm as table
 from eru_jax.weights.table import to_flax, to_torch
 
@@ -83,6 +88,18 @@ def test_pooling_is_the_normalised_mean_of_real_tokens():
   pooled = conditioning_from_hidden(hidden, jnp.array([[True, True, False]])).pooled
   mean = np.arange(8.0).reshape(2, 4).mean(axis=0)
   np.testing.assert_allclose(pooled[0], mean / np.linalg.norm(mean), rtol=1e-6)
+
+
+def test_the_sentence_vector_alone_has_unit_variance_and_no_mask():
+  rng = np.random.default_rng(0)
+  hidden = rng.standard_normal((3, 5, 64)).astype(np.float32)
+  full = conditioning_from_hidden(hidden, np.arange(5)[None] < np.array([[5], [2], [3]]))
+  alone = sentence_conditioning(full)
+  assert alone.mask is None and alone.tokens.shape == (3, 1, 64)
+  np.testing.assert_array_equal(alone.tokens[:, 0], alone.pooled)
+  np.testing.assert_allclose(np.mean(np.square(alone.pooled), axis=1), 1, rtol=1e-5)
+  cosine = np.sum(alone.pooled * full.pooled, axis=1) / np.linalg.norm(alone.pooled, axis=1)
+  np.testing.assert_allclose(cosine, 1, rtol=1e-5)
 
 
 def test_too_long_a_sequence_is_refused():

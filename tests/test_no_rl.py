@@ -25,13 +25,24 @@ def test_no_rl_aux_and_loss_by_hand():
   c = Conditioning(tokens=jnp.zeros((1, 1, 1)))
   constant = lambda value: lambda x, t, c: jnp.full_like(x, value)  # noqa: E731
   loss, aux = no_rl.no_rl(
-    constant(0.5), constant(0.0), constant(2.0), jnp.zeros((1, 2)), jnp.ones((1, 2)),
-    jnp.array([0.5]), c, jnp.array([0.1]), beta=0.5, reference_weight=0.1,
+    constant(0.5),
+    constant(0.0),
+    constant(2.0),
+    jnp.zeros((1, 2)),
+    jnp.ones((1, 2)),
+    jnp.array([0.5]),
+    c,
+    jnp.array([0.1]),
+    beta=0.5,
+    reference_weight=0.1,
   )
   # n = 0.8, v_target = -1.6, w = t |u| = 0.5: 0.5 / 0.5 * 0.25 * 2.1^2 + 0.1 * 1.5^2
   np.testing.assert_allclose(loss, 0.25 * 2.1**2 + 0.225, rtol=1e-6)
   expected = {
-    'negative_fraction': 1.0, 'optimality': 0.1, 'old_deviation': 0.25, 'reference_distance': 2.25
+    'negative_fraction': 1.0,
+    'optimality': 0.1,
+    'old_deviation': 0.25,
+    'reference_distance': 2.25,
   }
   assert aux.keys() == expected.keys()
   for name, value in expected.items():
@@ -74,8 +85,16 @@ def test_no_rl_fixed_point_is_old_minus_the_covariance(beta):
 
   def loss(values):
     return no_rl.no_rl(
-      _table(values), old, old, jnp.asarray(x_0, jnp.float32), jnp.asarray(noise, jnp.float32),
-      jnp.full(16, 0.5), c, jnp.asarray(r, jnp.float32), beta=beta, reference_weight=0.0,
+      _table(values),
+      old,
+      old,
+      jnp.asarray(x_0, jnp.float32),
+      jnp.asarray(noise, jnp.float32),
+      jnp.full(16, 0.5),
+      c,
+      jnp.asarray(r, jnp.float32),
+      beta=beta,
+      reference_weight=0.0,
     )[0]
 
   # Corners hold one sample with u = 0, whose weight is at its floor: scale each state by its own.

@@ -159,9 +159,7 @@ def _uneven(mesh):
   """Velocity of three examples, which eight devices cannot share evenly."""
   model = _model()
   boxed = _boxed(model)
-  params = jax.device_put(
-    _random(nn.unbox(boxed), 0), sharding.logical_shardings(boxed, mesh)
-  )
+  params = jax.device_put(_random(nn.unbox(boxed), 0), sharding.logical_shardings(boxed, mesh))
   x, text = _data(model, 3)
   with sharding.use_mesh(mesh):
     velocity = jax.jit(lambda p, x, text: model.velocity(p)(x, jnp.full(3, 0.5), text))

@@ -82,9 +82,7 @@ def test_clip_bounds_the_gradient_the_optimiser_sees():
   optimizer = config.build(1)
   _, small = optimizer.update(ones(0.01), optimizer.init(params()), params())
   _, large = optimizer.update(ones(100.0), optimizer.init(params()), params())
-  moments = [
-    optax.global_norm(optax.tree_utils.tree_get(state, 'mu')) for state in (small, large)
-  ]
+  moments = [optax.global_norm(optax.tree_utils.tree_get(state, 'mu')) for state in (small, large)]
   np.testing.assert_allclose(moments, [0.01 * np.sqrt(6), 0.5], rtol=1e-5)
 
 

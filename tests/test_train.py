@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,35 @@ def test_run_writes_all_it_promises(finished, capsys):
   start(config, workdir)
   assert 'This run is finished' in capsys.readouterr().out
   assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
+
+
+def test_a_model_brings_its_text_encoder(tiny_config, tiny_model_dir, tmp_path):
+  """A backbone that was pretrained on sentence vectors sees them in every stage, and in samples."""
+  from eru_jax.training.restore import open_model
+  from eru_jax.training.sampling import SampleRequest, sample
+
+  model = tmp_path / 'model'
+  shutil.copytree(tiny_model_dir, model)
+  settings = json.loads((model / 'eru_jax.json').read_text())
+  (model / 'eru_jax.json').write_text(json.dumps(settings | {'text_encoder': 'minilm_sentence'}))
+  tiny_config['model']['source'] = str(model)
+  # Pretraining hands the choice on to the model directory it makes.
+  tiny_config['stages'] = ('flow_matching', 'dk_dm')
+  tiny_config['flow_matching'] = dict(num_steps=2, batch_size=2)
+  tiny_config['dk_dm'] |= dict(num_steps=2)
+  start(tiny_config, tmp_path / 'run')
+
+  for path in (tmp_path / 'run', tmp_path / 'run' / 'model'):
+    experiment, _, _ = open_model(str(path), ['a prompt of mine'])
+    assert experiment.conditioning(['a prompt of mine']).tokens.shape == (1, 1, 384)
+  request = SampleRequest(str(tmp_path / 'run'), str(tmp_path / 'out'), prompts=('red apple',))
+  assert list(sample(request).glob('**/*.png'))
+
+  (model / 'eru_jax.json').write_text(json.dumps(settings | {'text_encoder': 't6'}))
+  with pytest.raises(
+    UserError, match=r"eru_jax.json: text_encoder is 't6' but must be one of mini"
+  ):
+    start(tiny_config, tmp_path / 'other')
 
 
 def test_workdir_of_another_config_is_refused(tiny_config, tmp_path):
@@ -259,6 +289,7 @@ def test_run_resumed_in_process_ends_as_an_unbroken_one(tiny_config, tmp_path, m
   flush = loop.MetricWriter.write
 
   for stage, step in (('dk_dm', 3), ('dk_dm', 6), ('no_rl', 1)):
+
     def write(self, name, done, values, at=(stage, step)):
       flush(self, name, done, values)
       if (name, done) == at:

@@ -113,25 +113,31 @@ class EmojiKnowledge(tfds.core.GeneratorBasedBuilder):
       png = io.BytesIO()  # A numpy image would be encoded by TensorFlow.
       Image.fromarray(pixels).save(png, 'PNG')
       png.seek(0)
-      yield i, {
-        'image': png,
-        'name': emoji.name,
-        'category': emoji.category,
-        'emoji': emoji.character,
-        'index': i,
-      }
+      yield (
+        i,
+        {
+          'image': png,
+          'name': emoji.name,
+          'category': emoji.category,
+          'emoji': emoji.character,
+          'index': i,
+        },
+      )
 
   def _generate_examples(self, split):
     index = {emoji.name: i for i, emoji in enumerate(emoji_lib.catalogue())}
     pairs = [pair for pair in emoji_pairs() if pair.split == split]
     for i, pair in enumerate(pairs):
-      yield i, {
-        'implicit': pair.implicit,
-        'explicit': pair.explicit,
-        'category': pair.category,
-        'id': pair.id,
-        'index': index[pair.explicit],
-      }
+      yield (
+        i,
+        {
+          'implicit': pair.implicit,
+          'explicit': pair.explicit,
+          'category': pair.category,
+          'id': pair.id,
+          'index': index[pair.explicit],
+        },
+      )
 
 
 def load_pictures(data_dir: str | os.PathLike) -> PictureTable:

@@ -240,9 +240,11 @@ def _forms(word: str) -> set[str]:
   if stem.endswith('ing') and len(stem) > 5:
     base = stem[:-3]
     roots |= {base, base[:-1] if base[-1] == base[-2] else base + 'e'}  # 'run', 'smile'
-  return {word, stem, *_IRREGULAR.get(word, '').split()} | roots | {
-    root + suffix for root in roots for suffix in _SUFFIXES
-  }
+  return (
+    {word, stem, *_IRREGULAR.get(word, '').split()}
+    | roots
+    | {root + suffix for root in roots for suffix in _SUFFIXES}
+  )
 
 
 def _words(text: str) -> list[str]:

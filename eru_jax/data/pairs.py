@@ -95,9 +95,7 @@ def read_prompt_file(path: str | os.PathLike) -> list[KnowledgePair]:
         'give each pair its own.'
       )
     lines_of_id[pair.id] = number
-    line_before, split_before = first_use.setdefault(
-      normalise(pair.implicit), (number, pair.split)
-    )
+    line_before, split_before = first_use.setdefault(normalise(pair.implicit), (number, pair.split))
     if split_before != pair.split:
       raise UserError(
         f'{where}: the implicit prompt {pair.implicit!r} of split {pair.split!r} is also on line '

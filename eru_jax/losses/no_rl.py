@@ -17,9 +17,7 @@ from eru_jax.types import Conditioning, VelocityFn
 _WEIGHT_FLOOR = 1e-5
 
 
-def optimality(
-  score: jax.Array, low: float | jax.Array, high: float | jax.Array
-) -> jax.Array:
+def optimality(score: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
   """The probability that a sample is right: its absolute score, mapped from [low, high] to [0, 1].
 
   Args:

@@ -39,6 +39,4 @@ def attention(
     implementation = 'cudnn' if half and jax.default_backend() == 'gpu' else 'xla'
   if mask is not None:
     mask = mask[:, None, None, :]
-  return jax.nn.dot_product_attention(
-    query, key, value, mask=mask, implementation=implementation
-  )
+  return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)

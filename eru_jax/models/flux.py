@@ -164,9 +164,7 @@ class TimeTextEmbed(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(
-    self, t: jax.Array, guidance: jax.Array | None, pooled: jax.Array
-  ) -> jax.Array:
+  def __call__(self, t: jax.Array, guidance: jax.Array | None, pooled: jax.Array) -> jax.Array:
     width = self.config.width
     sinusoid = sinusoidal_embedding(_TIME_FACTOR * t, _TIME_CHANNELS)
     vector = MLPEmbedding(width, self.dtype, name='timestep_embedder')(sinusoid)
@@ -239,9 +237,7 @@ class JointAttention(nn.Module):
       qkv = tuple(jnp.concatenate([a, b], axis=1) for a, b in zip(added, qkv, strict=True))
     query, key, value = qkv
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-    query, key, value = (
-      checkpoint_name(part, 'qkv') for part in (query, key, value)
-    )
+    query, key, value = (checkpoint_name(part, 'qkv') for part in (query, key, value))
     out = attention(query, key, value, mask, self.implementation)
     out = checkpoint_name(out, 'attn_output')
     out = out.reshape(*out.shape[:2], self.config.width)

@@ -138,9 +138,7 @@ class BertOutput(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
-    dense = _dense(
-      self.config, self.config.hidden_size, (self.axis, 'embed'), self.dtype, 'dense'
-    )
+    dense = _dense(self.config, self.config.hidden_size, (self.axis, 'embed'), self.dtype, 'dense')
     return _layer_norm(self.config)(dense(x) + residual)
 
 
@@ -256,3 +254,19 @@ def conditioning_from_hidden(hidden: jax.Array, mask: jax.Array) -> Conditioning
   square = jnp.sum(jnp.square(mean), axis=-1, keepdims=True)
   pooled = mean * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
   return Conditioning(tokens=tokens, mask=mask, pooled=pooled)
+
+
+def sentence_conditioning(conditioning: Conditioning) -> Conditioning:
+  """A prompt reduced to its sentence vector, which is what a sentence encoder is trained to make.
+
+  Wordings of one meaning lie near each other in this space; their token states do not.
+
+  Args:
+    conditioning: of `conditioning_from_hidden`, arrays of jax or numpy.
+
+  Returns:
+    Conditioning whose pooled vector (B, D) and only token (B, 1, D) are the sentence embedding,
+    scaled from length 1 to values of variance 1, which backbones expect; no mask.
+  """
+  pooled = conditioning.pooled * conditioning.pooled.shape[-1] ** 0.5
+  return Conditioning(tokens=pooled[:, None], mask=None, pooled=pooled)

@@ -27,6 +27,10 @@ def require(config: Any, **rules: tuple[bool, str]) -> None:
       raise UserError(f'{owner} config: `{name}` is {value!r} but must be {wanted}.')
 
 
+# Token states and the sentence vector, or the sentence vector alone.
+TEXT_ENCODERS = ('minilm', 'minilm_sentence')
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Which model to train, and how it runs.
@@ -37,6 +41,9 @@ class ModelConfig:
     autoencoder: for 'scratch': the same for the autoencoder.
     family: for 'scratch': the model family.
     resolution: edge of the pictures in pixels.
+    text_encoder: for 'scratch': 'minilm' (token states and the sentence vector) or
+      'minilm_sentence' (the sentence vector alone, as the pooled one and as the only token). A
+      model directory brings its own.
     text_length: tokens a prompt is padded or truncated to.
     dtype: 'float32' or 'bfloat16', of the computation.
     scan: compile each stack of blocks as a loop (fast compile) or unrolled (faster on CPU).
@@ -49,6 +56,7 @@ class ModelConfig:
   architecture: dict = dataclasses.field(default_factory=dict)
   autoencoder: dict = dataclasses.field(default_factory=dict)
   resolution: int = 64
+  text_encoder: str = 'minilm'
   text_length: int = 24
   dtype: str = 'float32'
   scan: bool = True
@@ -59,9 +67,23 @@ class ModelConfig:
     require(
       self,
       resolution=(self.resolution > 0 and self.resolution % 16 == 0, 'a multiple of 16'),
+      text_encoder=(
+        self.text_encoder in TEXT_ENCODERS,
+        f'one of {", ".join(TEXT_ENCODERS)}',
+      ),
       text_length=(self.text_length > 2, 'at least 3'),
       dtype=(self.dtype in ('float32', 'bfloat16'), "'float32' or 'bfloat16'"),
     )
+
+  @property
+  def sentence_only(self) -> bool:
+    """Whether the backbone sees a prompt's sentence vector alone."""
+    return self.text_encoder == 'minilm_sentence'
+
+  @property
+  def num_text_tokens(self) -> int:
+    """Text tokens the backbone attends to."""
+    return 1 if self.sentence_only else self.text_length
 
 
 def model_path(settings: ModelConfig) -> pathlib.Path:

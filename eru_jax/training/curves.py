@@ -146,14 +146,12 @@ def _svg(figure: Any, description: str) -> str:
   svg = svg[svg.index('<svg') :]
   size = re.search(r'viewBox="[^"]*"', svg).group()
   body = re.sub(r'<style.*?</style>', '', svg[svg.index('>') + 1 :], flags=re.DOTALL)
-  body = re.sub(r"font-family: [^;]*sans-serif", 'font-family: inherit', body)
+  body = re.sub(r'font-family: [^;]*sans-serif', 'font-family: inherit', body)
   for colour, variable in _VARIABLES.items():
     body = body.replace(colour, f'var({variable})')
   # Ids must be unique in the page: those in use get a prefix, the others go.
   used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
   prefix = f'c{zlib.crc32((description + body).encode()):08x}-'
-  body = re.sub(
-    r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else '', body
-  )
+  body = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else '', body)
   body = re.sub(r'(href="|url\()#', rf'\1#{prefix}', body)
   return f'<svg {size} role="img" aria-label="{html.escape(description)}">{body.strip()}'

@@ -18,8 +18,15 @@ from eru_jax.data.embeddings import EmbeddingCache
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.data.text_encoder import TextEncoder, load_minilm
 from eru_jax.data.world import World, load_world
+from eru_jax.errors import UserError
 from eru_jax.models import autoencoder_kl, registry
-from eru_jax.training.config import ExperimentConfig, model_path
+from eru_jax.models.minilm import sentence_conditioning
+from eru_jax.training.config import (
+  TEXT_ENCODERS,
+  ExperimentConfig,
+  ModelConfig,
+  model_path,
+)
 from eru_jax.types import Conditioning, VelocityFn
 from eru_jax.weights import model_directory
 
@@ -39,11 +46,26 @@ class TextTable:
   rows: dict[str, int]
 
   @classmethod
-  def build(cls, cache: EmbeddingCache, encoder: TextEncoder, prompts: Sequence[str]):
-    """Looks up (or computes) the embeddings of the different prompts among `prompts`."""
+  def build(
+    cls,
+    cache: EmbeddingCache,
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    sentence_only: bool = False,
+  ):
+    """Looks up (or computes) the embeddings of the different prompts among `prompts`.
+
+    Args:
+      cache: embeddings on disk.
+      encoder: makes those that are not there.
+      prompts: texts, repeats allowed.
+      sentence_only: keep of each prompt its sentence vector alone, see `sentence_conditioning`.
+    """
     unique = list(dict.fromkeys(prompts))
     parts = [encoder.null_conditioning()] + ([cache.lookup(unique)] if unique else [])
     conditioning = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    if sentence_only:
+      conditioning = sentence_conditioning(conditioning)
     return cls(conditioning, {'': 0} | {prompt: i + 1 for i, prompt in enumerate(unique)})
 
   def index(self, prompts: Sequence[str]) -> np.ndarray:
@@ -116,15 +138,14 @@ class Experiment:
 
 def cache_directory() -> pathlib.Path:
   """Where prepared datasets and embeddings are shared between runs: $ERU_JAX_CACHE or ~/.cache."""
-  return pathlib.Path(
-    os.environ.get('ERU_JAX_CACHE', pathlib.Path.home() / '.cache' / 'eru_jax')
-  )
+  return pathlib.Path(os.environ.get('ERU_JAX_CACHE', pathlib.Path.home() / '.cache' / 'eru_jax'))
 
 
-def open_text(length: int, prompts: Sequence[str]) -> TextTable:
-  """Embeds prompts with MiniLM through the shared cache."""
-  encoder = load_minilm(max_length=length)
-  return TextTable.build(EmbeddingCache(cache_directory() / 'text', encoder), encoder, prompts)
+def open_text(settings: ModelConfig, prompts: Sequence[str]) -> TextTable:
+  """Embeds prompts through the shared cache, with the text encoder that the model was made for."""
+  encoder = load_minilm(max_length=settings.text_length)
+  cache = EmbeddingCache(cache_directory() / 'text', encoder)
+  return TextTable.build(cache, encoder, prompts, settings.sentence_only)
 
 
 def _build_model(
@@ -165,20 +186,36 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
     autoencoder = autoencoder_kl.AutoencoderConfig.from_dict(settings.autoencoder)
     model = _build_model(config, family, architecture, autoencoder)
     key = jax.random.key(config.seed)
-    backbone = init_sharded(lambda: model.init(key, settings.text_length), mesh)
+    backbone = init_sharded(lambda: model.init(key, settings.num_text_tokens), mesh)
     pixels = settings.resolution
     images = jnp.zeros((1, pixels, pixels, autoencoder.in_channels // autoencoder.patch_size**2))
     params = init_sharded(lambda: model.autoencoder.init(key, images)['params'], mesh)
     return Snapshot(model, backbone, params)
   stored = model_directory.load(model_path(settings))
   model = _build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
-  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.text_length))
+  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.num_text_tokens))
   backbone = jax.device_put(stored.backbone, sharding.logical_shardings(boxed, mesh))
   everywhere = sharding.replicated(mesh)
   reward = None if stored.reward is None else jax.device_put(stored.reward, everywhere)
-  return Snapshot(
-    model, backbone, jax.device_put(stored.autoencoder, everywhere), reward=reward
-  )
+  return Snapshot(model, backbone, jax.device_put(stored.autoencoder, everywhere), reward=reward)
+
+
+def _with_stored_text(settings: ModelConfig) -> ModelConfig:
+  """A model directory says which text encoder its backbone was made for.
+
+  Raises:
+    UserError: if that is none we have.
+  """
+  if settings.source == 'scratch':
+    return settings
+  path = model_path(settings)
+  name = model_directory.read_settings(path).get('text_encoder', settings.text_encoder)
+  if name not in TEXT_ENCODERS:
+    raise UserError(
+      f'{path / "eru_jax.json"}: text_encoder is {name!r} but must be one of '
+      f'{", ".join(TEXT_ENCODERS)}.'
+    )
+  return dataclasses.replace(settings, text_encoder=name)
 
 
 def open_experiment(
@@ -194,10 +231,11 @@ def open_experiment(
   Raises:
     UserError: for bad data, a bad model, or missing packages.
   """
+  config = dataclasses.replace(config, model=_with_stored_text(config.model))
   data = config.data
   world = load_world(data.pairs, cache_directory(), data.wordings_per_fact, data.max_facts)
   prompts = [*world.pictures.names, *world.all_prompts, *extra_prompts]
-  text = open_text(config.model.text_length, prompts)
+  text = open_text(config.model, prompts)
   return Experiment(config, mesh, world, text), load_snapshot(config, mesh)
 
 

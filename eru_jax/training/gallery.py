@@ -22,9 +22,7 @@ TITLES = {
 _ORDER = ('wording', 'train', 'fact', 'explicit', 'unrelated')
 
 
-def gallery_rows(
-  experiment: Experiment, evaluations: Mapping[str, Evaluation]
-) -> list[GalleryRow]:
+def gallery_rows(experiment: Experiment, evaluations: Mapping[str, Evaluation]) -> list[GalleryRow]:
   """The report's rows: target, the base on the explicit prompt, then every stage's picture."""
   rows = []
   for split in _ORDER if evaluations else ():
@@ -59,9 +57,7 @@ def _row(
   return GalleryRow(pair.implicit, anchor, split, target, pictures)
 
 
-def _mistakes(
-  experiment: Experiment, evaluations: Mapping[str, Evaluation]
-) -> list[GalleryRow]:
+def _mistakes(experiment: Experiment, evaluations: Mapping[str, Evaluation]) -> list[GalleryRow]:
   """Explicit prompts that the base gets wrong: these, unlike all others, are picked by result."""
   if 'base' not in evaluations or 'explicit' not in evaluations['base'].generated:
     return []

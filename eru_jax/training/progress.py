@@ -44,7 +44,11 @@ class Progress:
     if self._stream.isatty():
       self._interval = 0.2
       self._bar = tqdm(
-        total=total, initial=initial, desc=stage, file=self._stream, dynamic_ncols=True,
+        total=total,
+        initial=initial,
+        desc=stage,
+        file=self._stream,
+        dynamic_ncols=True,
         unit='step',
       )
     self._shown_at: float | None = None

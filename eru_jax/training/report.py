@@ -125,7 +125,10 @@ def _curves(report: ReportData) -> str:
 
 
 def _step_figure(
-  metrics: Sequence[Mapping[str, Any]], stage: str, names: Sequence[str], what: str,
+  metrics: Sequence[Mapping[str, Any]],
+  stage: str,
+  names: Sequence[str],
+  what: str,
   percent: bool = False,
 ) -> str:
   for name in names:

@@ -28,7 +28,7 @@ SPLITS = {
   ),
   'explicit mistakes': (
     'Explicit prompts that the base gets wrong',
-    'The anchors\' own errors, every one the judge found up to the length of a gallery: no '
+    "The anchors' own errors, every one the judge found up to the length of a gallery: no "
     'distribution matched to these anchors can mend them. Correcting them is left to NO-RL.',
   ),
   'wording': (

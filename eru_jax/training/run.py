@@ -76,15 +76,13 @@ def train(config_values: Any, workdir: str) -> None:
       with seconds(name):
         stage = module.build(experiment, snapshot, stage_config)
         key = experiment.key(f'stage {name}')
-        params = run_stage(
-          name, stage, stage_config, key, mesh, directory, writer, config.stages
-        )
+        params = run_stage(name, stage, stage_config, key, mesh, directory, writer, config.stages)
         snapshot = module.absorb(experiment, snapshot, params)
       label = evaluated_as(name, config.model.source)
       if label:
         measure(label, snapshot)
     if set(config.stages) & set(PRETRAINING):
-      model_directory.save(directory / 'model', stored_model(config, snapshot))
+      model_directory.save(directory / 'model', stored_model(experiment.config, snapshot))
 
   summary = {
     'stages': {label: found.scores for label, found in evaluations.items()},
@@ -112,7 +110,7 @@ def train(config_values: Any, workdir: str) -> None:
 def stored_model(config: config_lib.ExperimentConfig, snapshot: Snapshot):
   """What a pretraining run hands on as a model directory."""
   settings = {
-    'text_encoder': 'minilm',
+    'text_encoder': config.model.text_encoder,
     'text_length': config.model.text_length,
     'resolution': config.model.resolution,
     'sampling': dataclasses.asdict(config.sampling),

@@ -91,9 +91,7 @@ def sample(request: SampleRequest) -> pathlib.Path:
   enable_compilation_cache()
   experiment, snapshot, workdir = open_model(request.model, prompts, sampling=sampling)
   model = snapshot.model
-  if request.guidance is not None and not getattr(
-    model.backbone.config, 'guidance_embeds', False
-  ):
+  if request.guidance is not None and not getattr(model.backbone.config, 'guidance_embeds', False):
     # A model without a guidance embedding takes the scale as classifier-free guidance.
     sampling = dataclasses.replace(sampling, cfg_scale=request.guidance)
   reached = dict(snapshots(experiment, snapshot, workdir))

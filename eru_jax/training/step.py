@@ -46,8 +46,13 @@ def split_leading(tree: PyTree, parts: int) -> PyTree:
 
 
 def accumulated_gradients(
-  loss: LossFn, params: PyTree, frozen: PyTree, examples: PyTree, key: jax.Array,
-  step: jax.Array, accumulation: int,
+  loss: LossFn,
+  params: PyTree,
+  frozen: PyTree,
+  examples: PyTree,
+  key: jax.Array,
+  step: jax.Array,
+  accumulation: int,
 ) -> tuple[jax.Array, dict, PyTree]:
   """Loss, measurements and gradients averaged over `accumulation` microbatches in turn."""
   grad_fn = jax.value_and_grad(loss, has_aux=True)

@@ -1,9 +1,17 @@
 """Noise and dropout on prompts, so that no single path from the text is all a model relies on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from eru_jax.types import Conditioning
+
+
+def _add_noise(scale: float, key: jax.Array, values: jax.Array) -> jax.Array:
+  """Adds Gaussian noise, its standard deviation relative to that of each example's values."""
+  spread = jnp.std(values, axis=tuple(range(1, values.ndim)), keepdims=True)
+  return values + scale * spread * jax.random.normal(key, values.shape, values.dtype)
 
 
 def perturb(
@@ -37,11 +45,14 @@ def perturb(
   tokens, mask, pooled = conditioning.tokens, conditioning.mask, conditioning.pooled
   token_key, pooled_key, choice_key = jax.random.split(key, 3)
   if noise:
-    spread = jnp.std(tokens, axis=(1, 2), keepdims=True)
-    tokens = tokens + noise * spread * jax.random.normal(token_key, tokens.shape, tokens.dtype)
-    if pooled is not None:
-      spread = jnp.std(pooled, axis=1, keepdims=True)
-      pooled = pooled + noise * spread * jax.random.normal(pooled_key, pooled.shape, pooled.dtype)
+    noised = functools.partial(_add_noise, noise)
+    if pooled is not None and tokens.shape[1:] == (1, pooled.shape[1]):
+      # One sentence vector in both places (`sentence_conditioning`) stays one.
+      pooled = noised(pooled_key, pooled)
+      tokens = pooled[:, None]
+    else:
+      tokens = noised(token_key, tokens)
+      pooled = None if pooled is None else noised(pooled_key, pooled)
   chance = jax.random.uniform(choice_key, (tokens.shape[0],))
   if pooled_only:
     if mask is None:
@@ -52,6 +63,8 @@ def perturb(
     pooled = jnp.where(zeroed[:, None], 0, pooled)
   result = Conditioning(tokens, mask, pooled)
   if drop:
+    if mask is not None and null.mask is None:
+      null = null.replace(mask=jnp.ones(null.tokens.shape[:2], bool))
     dropped = chance >= 1 - drop
 
     def choose(value: jax.Array, empty: jax.Array) -> jax.Array:

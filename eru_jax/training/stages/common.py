@@ -18,7 +18,7 @@ def initial_trainable(experiment: Experiment, snapshot: Snapshot) -> Any:
   key = experiment.key('lora')
 
   def init():
-    boxed = model.init(key, experiment.config.model.text_length)
+    boxed = model.init(key, experiment.config.model.num_text_tokens)
     return lora.init(key, boxed, model.lora)
 
   return init_sharded(init, experiment.mesh)

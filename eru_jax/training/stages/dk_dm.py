@@ -112,9 +112,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
     teacher = model.velocity(frozen['backbone'])
 
     def blurred(key, conditioning):
-      return perturb(
-        key, conditioning, noise=config.text_noise, pooled_only=config.pooled_only
-      )
+      return perturb(key, conditioning, noise=config.text_noise, pooled_only=config.pooled_only)
 
     implicit = blurred(keys[0], batch['implicit'])
     x_t, t = noised(keys[1:4], frozen, batch['anchor'])

@@ -36,9 +36,11 @@ def build(experiment: Experiment, snapshot: Snapshot, config: FlowMatchingStageC
   def make_frozen():
     text, null = experiment.conditioning(pictures.names), experiment.text.null
     # Names are short: cutting the padding that all of them share changes nothing but the time.
-    longest = int(text.mask.sum(axis=1).max())
+    longest = 0 if text.mask is None else int(text.mask.sum(axis=1).max())
 
     def cut(conditioning):
+      if conditioning.mask is None:
+        return conditioning
       return conditioning.replace(
         tokens=conditioning.tokens[:, :longest], mask=conditioning.mask[:, :longest]
       )
