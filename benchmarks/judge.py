@@ -23,7 +23,6 @@ _MODEL = flags.DEFINE_string('model', None, 'Workdir of a run.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for contact sheets.', required=True)
 _LABELS = flags.DEFINE_string('labels', None, 'JSON file of labels; without it, sheets are drawn.')
 _COUNT = flags.DEFINE_integer('count', 48, 'Pictures of each stage.')
-_THRESHOLD = 0.5
 
 
 def main(argv):
@@ -51,7 +50,10 @@ def main(argv):
       stages += [f'{label} {split}'] * len(rows)
   images, targets = np.concatenate(images), np.concatenate(targets)
   says = np.concatenate(says)
-  rewarded = np.concatenate(rewards) > _THRESHOLD
+  # The score at which NO-RL's optimality is one half: below it, a picture is learnt from as wrong.
+  settings = experiment.config.no_rl
+  threshold = (settings.reward_low + settings.reward_high) / 2
+  rewarded = np.concatenate(rewards) > threshold
   output = pathlib.Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)
 
@@ -67,7 +69,11 @@ def main(argv):
   labels = json.loads(pathlib.Path(_LABELS.value).read_text())
   right = np.isin(np.arange(len(images)), labels['right'])
   sure = ~np.isin(np.arange(len(images)), labels.get('unsure', []))
-  result = {'pictures': int(sure.sum()), 'right by eye': int(right[sure].sum())}
+  result = {
+    'pictures': int(sure.sum()),
+    'right by eye': int(right[sure].sum()),
+    'reward threshold': threshold,
+  }
   for name, verdict in (('judge', says), ('reward', rewarded)):
     result[name] = {
       'agrees': float(np.mean(verdict[sure] == right[sure])),

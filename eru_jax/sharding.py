@@ -1,4 +1,4 @@
-"""The device mesh, the one table of logical axis rules, and shardings of states and batches."""
+"""The device mesh, the one table of logical axis rules, and shardings of training states."""
 
 import contextlib
 import dataclasses
@@ -103,11 +103,6 @@ def logical_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
           f'mesh {sizes} does not divide the {size} channels of {where}, of shape {array.shape}.'
         )
   return shardings
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Leading axis over data and fsdp."""
-  return NamedSharding(mesh, P(('data', 'fsdp')))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

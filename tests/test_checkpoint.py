@@ -205,6 +205,34 @@ def test_all_damaged_is_one_error_and_the_next_start_is_fresh(directory):
   }  # fmt: skip
 
 
+def everything(directory):
+  """Paths below a directory, and when they were changed."""
+  return {path: path.stat().st_mtime_ns for path in directory.rglob('*')}
+
+
+def test_only_reading_falls_back_but_changes_nothing(directory, caplog):
+  delete_arrays(directory)
+  before = everything(directory.parent)
+  checkpoints = StageCheckpoints(directory)
+  state, where = checkpoints.restore(like(state_at(0)), repair=False)
+  checkpoints.close()
+  assert 'stage/3 is damaged' in caplog.text
+  assert_bits(state, state_at(2))
+  assert where == position(2)
+  assert everything(directory.parent) == before
+
+
+def test_only_reading_what_is_all_damaged(directory):
+  for step in (2, 3):
+    shutil.rmtree(directory / str(step) / 'state')
+  before = everything(directory.parent)
+  checkpoints = StageCheckpoints(directory)
+  with pytest.raises(UserError, match=r'None of the checkpoints \[2, 3\] .* run `train` again'):
+    checkpoints.restore(like(state_at(0)), repair=False)
+  checkpoints.close()
+  assert everything(directory.parent) == before
+
+
 def test_same_step_may_be_damaged_twice(directory):
   for name in ('stage.damaged-3', 'stage.damaged-3.1'):
     delete_arrays(directory)

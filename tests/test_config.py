@@ -9,8 +9,17 @@ import pytest
 
 from eru_jax.config_file import load_config
 from eru_jax.errors import UserError
+from eru_jax.models.attention import IMPLEMENTATIONS
+from eru_jax.models.flux import REMAT_POLICIES, FluxConfig
 from eru_jax.training import config as config_lib
-from eru_jax.training.config import STAGE_CONFIGS, ExperimentConfig, from_mapping, to_json
+from eru_jax.training.config import (
+  STAGE_CONFIGS,
+  ExperimentConfig,
+  ModelConfig,
+  from_mapping,
+  to_json,
+)
+from eru_jax.training.experiment import resolve, resolve_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
 
@@ -139,6 +148,8 @@ def test_rollouts_divide_by_updates():
     ('model', 'text_encoder', 't6'),
     ('model', 'text_length', 2),
     ('model', 'dtype', 'float16'),
+    ('model', 'remat', 'atn'),
+    ('model', 'attention', 'flash'),
     ('sampling', 'num_steps', 0),
     ('sampling', 'guidance', -1.0),
     ('sampling', 'cfg_scale', -1.0),
@@ -147,11 +158,124 @@ def test_rollouts_divide_by_updates():
     ('evaluation', 'max_prompts', 0),
     ('evaluation', 'batch_size', 0),
     ('evaluation', 'gallery', -1),
+    ('evaluation', 'seed', -1),
+    ('evaluation', 'seed', 2**32),
   ],
 )
 def test_sections_out_of_range(section, key, value):
   with pytest.raises(UserError, match=f'`{key}` is {value!r} but must be'):
     parse(**{section: {key: value}})
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_seeds_are_what_a_jax_key_tells_apart(seed):
+  with pytest.raises(UserError, match=f'`seed` is {seed} but must be from 0 to 4294967295'):
+    parse(seed=seed)
+  assert parse(seed=2**32 - 1).seed == 2**32 - 1
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf'), 10**400])
+@pytest.mark.parametrize(
+  ('where', 'section'),
+  [
+    ('dk_dm.time_mean', lambda value: {'dk_dm': {'time_mean': value}}),
+    (
+      'no_rl.optimizer.learning_rate',
+      lambda value: {'no_rl': {'optimizer': {'learning_rate': value}}},
+    ),
+    ('sampling.shift_mu', lambda value: {'sampling': {'shift_mu': value}}),
+    (r'lora\[0\].alpha', lambda value: {'lora': [{'pattern': '.', 'rank': 1, 'alpha': value}]}),
+  ],
+)
+def test_floats_are_finite(where, section, value):
+  with pytest.raises(UserError, match=f'`{where}` is {value!r} but must be finite'):
+    parse(**section(value))
+
+
+def test_floats_of_an_architecture_are_finite():
+  with pytest.raises(UserError, match='`model.autoencoder.scaling_factor` is nan but must be fin'):
+    parse(model={'autoencoder': {'scaling_factor': float('nan')}})
+
+
+def test_what_models_can_do_is_what_configs_may_ask_for():
+  for name in REMAT_POLICIES:
+    assert parse(model={'remat': name}).model.remat == name
+  for name in IMPLEMENTATIONS:
+    assert parse(model={'attention': name}).model.attention == name
+
+
+@pytest.mark.parametrize(
+  ('key', 'near'),
+  [('num_layer', 'num_layers'), ('head_dim', 'attention_head_dim'), ('xyz', '.*')],
+)
+def test_architecture_with_an_unknown_key(key, near):
+  with pytest.raises(UserError, match=rf'unknown key `{key}`; did you mean `{near}`\?') as caught:
+    FluxConfig.from_dict({key: 2})
+  assert '\n' not in str(caught.value)
+
+
+def test_architecture_as_diffusers_writes_it():
+  written = FluxConfig(num_layers=2).to_dict()
+  records = {'_diffusers_version': '0.30.0', '_name_or_path': 'x', 'out_channels': None}
+  assert FluxConfig.from_dict(written | records) == FluxConfig(num_layers=2)
+
+
+def model_directory(path, **settings):
+  path.mkdir()
+  (path / 'eru_jax.json').write_text(json.dumps({'family': 'flux', **settings}))
+  return str(path)
+
+
+def test_a_model_from_scratch_has_the_usual_text_and_size():
+  found = resolve_model(ModelConfig(source='scratch'))
+  assert (found.text_encoder, found.text_length, found.resolution) == ('minilm', 24, 64)
+  given = ModelConfig(
+    source='scratch', text_encoder='minilm_sentence', text_length=9, resolution=32
+  )
+  assert resolve_model(given) == given
+  assert given.num_text_tokens == 1
+
+
+def test_a_model_directory_says_what_it_was_made_with(tmp_path):
+  own = {'text_encoder': 'minilm_sentence', 'text_length': 30, 'resolution': 128}
+  source = model_directory(tmp_path / 'model', **own)
+  found = resolve_model(ModelConfig(source=source))
+  assert {name: getattr(found, name) for name in own} == own
+  # What is resolved stays as it is, and saying what is so anyway does no harm.
+  assert resolve_model(found) == found
+  assert resolve_model(ModelConfig(source=source, resolution=64)).resolution == 64
+  for name, value in (('text_encoder', 'minilm'), ('text_length', 24)):
+    with pytest.raises(UserError, match=f'model.{name} is {value!r}, but the model in .* was mad'):
+      resolve_model(ModelConfig(source=source, **{name: value}))
+
+
+def test_a_model_directory_that_says_nothing_of_its_text(tmp_path):
+  source = model_directory(tmp_path / 'model')
+  found = resolve_model(ModelConfig(source=source, text_length=9))
+  assert (found.text_encoder, found.text_length, found.resolution) == ('minilm', 9, 64)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [('text_encoder', ['minilm']), ('text_length', '24'), ('text_length', 2), ('resolution', None)],
+)
+def test_a_model_directory_that_says_what_cannot_be(name, value, tmp_path):
+  source = model_directory(tmp_path / 'model', **{name: value})
+  with pytest.raises(UserError, match=rf'eru_jax.json: {name} is .* but must be '):
+    resolve_model(ModelConfig(source=source))
+
+
+def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  model_directory(tmp_path / 'model')
+  config = resolve(parse(model={'source': 'model'}, data={'pairs': 'my/pairs.jsonl'}))
+  assert config.model.source == str(tmp_path / 'model')
+  assert config.data.pairs == str(tmp_path / 'my' / 'pairs.jsonl')
+  assert resolve(parse()).model.source == 'emoji_base'
+  assert resolve(parse()).data.pairs == 'emoji_knowledge'
+  assert resolve(parse(data={'pairs': '~/x'})).data.pairs == str(pathlib.Path.home() / 'x')
+  with pytest.raises(UserError, match='There is no model directory nosuch: '):
+    resolve(parse(model={'source': 'nosuch'}))
 
 
 def test_bad_lora_rules():

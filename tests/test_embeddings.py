@@ -20,12 +20,15 @@ class FakeEncoder:
     self.fingerprint = fingerprint
     self.asked = []
 
-  def encode(self, prompts):
+  def encode(self, prompts, warn=True):
     self.asked += list(prompts)
     length = np.array([min(len(p), 4) for p in prompts], int)
     mask = np.arange(4)[None] < length[:, None]
     tokens = np.where(mask, length[:, None], 0).astype(np.float32)[..., None]
     return Conditioning(tokens.repeat(2, axis=2), mask, length[:, None].astype(np.float32))
+
+  def warn_if_cut(self, prompts, mask):
+    pass
 
 
 def test_what_is_cached_is_not_encoded_again(tmp_path):
@@ -208,3 +211,18 @@ def test_empty_lists_and_huge_prompts(encoder, tmp_path, caplog):
   assert np.isfinite(out.tokens).all() and np.isfinite(out.pooled).all()
   stored = embeddings.EmbeddingCache(tmp_path, encoder).lookup([huge])
   np.testing.assert_array_equal(stored.tokens[0], out.tokens[0])
+
+
+def test_every_use_of_an_over_long_prompt_is_warned_of_once(encoder, tmp_path, caplog):
+  long, fits = 'w1 w2 w3 w4 w5', 'w1 w2 w3 w4'
+
+  def warnings(prompts):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger='absl'):
+      embeddings.EmbeddingCache(tmp_path, encoder).lookup(prompts)
+    return [record.getMessage().split(' prompts')[0] for record in caplog.records]
+
+  assert warnings([long, fits]) == ['1 of 2']  # encoded
+  assert warnings([fits, long]) == ['1 of 2']  # both from the cache
+  assert warnings([long + ' w6', 'w1', long]) == ['2 of 3']  # some of each
+  assert warnings([fits, 'w1']) == []

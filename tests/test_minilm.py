@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -228,6 +229,19 @@ def test_other_architectures_are_refused(changed, message):
     BertConfig.from_dict(dataclasses.asdict(BertConfig()) | changed)
 
 
+def test_a_missing_package_names_the_command_that_installs_it(monkeypatch):
+  from eru_jax.data import emoji
+
+  pinned = (pathlib.Path(__file__).parent.parent / 'launch/requirements-emoji.txt').read_text()
+  assert len(emoji._DISTRIBUTIONS) == pinned.count('==')
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda package: None)
+  for package, distribution in emoji._DISTRIBUTIONS.items():
+    assert f'\n{distribution} ' in pinned
+    with pytest.raises(UserError) as caught:
+      emoji.package_directory(package)
+    assert f'run `pip install --no-deps {distribution}`.' in str(caught.value)
+
+
 @installed
 def test_long_prompts_are_cut_with_one_warning(encoder, caplog):
   long = 'the very ' * 20 + 'long prompt'
@@ -237,6 +251,9 @@ def test_long_prompts_are_cut_with_one_warning(encoder, caplog):
   (record,) = caplog.records
   assert record.getMessage().startswith('2 of 3 prompts are longer than 12 tokens')
   assert repr(long) in record.getMessage()
+  caplog.clear()
+  assert (encoder.encode([long], warn=False).tokens[0] == out.tokens[0]).all()
+  assert not caplog.records
 
 
 @installed

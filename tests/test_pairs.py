@@ -114,7 +114,7 @@ def test_a_refused_write_leaves_the_old_file(tmp_path):
     pairs.write_prompt_file(path, [KnowledgePair(**_APPLE, id='a')] * 2)
   assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == [path]
   with pytest.raises(UserError, match='cannot be written'):
-    pairs.write_prompt_file(tmp_path / 'none' / 'x.jsonl', [KnowledgePair(**_APPLE)])
+    pairs.write_prompt_file(path / 'x.jsonl', [KnowledgePair(**_APPLE)])
 
 
 def test_by_split_keeps_order():

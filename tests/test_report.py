@@ -51,7 +51,14 @@ def full_report():
     for s in range(1, 900)
   ]
   metrics += [
-    {'stage': 'no_rl', 'step': 1, 'time': 0.0, 'loss': 0.1, 'reward': 0.5, 'negatives': 0.25}
+    {
+      'stage': 'no_rl',
+      'step': 1,
+      'time': 0.0,
+      'loss': 0.1,
+      'reward': 0.5,
+      'negative_fraction': 0.25,
+    }
   ]
   summary = {
     'stages': stages,

@@ -145,7 +145,7 @@ def test_start_noise_of_ones_own(tiny_model_dir, tmp_path):
 
 
 def test_over_long_prompts_are_cut_with_a_warning(tiny_model_dir, tmp_path, caplog, monkeypatch):
-  # A cache of its own, as the warning comes when a prompt is encoded.
+  # A cache of its own, so that the prompts are new to it the first time, and known the second.
   from eru_jax.data.embeddings import EmbeddingCache
 
   monkeypatch.setattr(
@@ -153,12 +153,14 @@ def test_over_long_prompts_are_cut_with_a_warning(tiny_model_dir, tmp_path, capl
   )
   monkeypatch.setattr(experiment, 'load_world', lambda *_: _small_world())
   long = 'a very ' * 2000 + 'red apple'
-  with caplog.at_level(logging.WARNING, logger='absl'):
-    out = draw(tiny_model_dir, tmp_path / 'out', long, 'red apple', steps=1)
-  (warning,) = [r.getMessage() for r in caplog.records if 'longer than' in r.getMessage()]
-  assert 'prompts are longer than 24 tokens and lose their end' in warning
-  assert len(warning) < 500
-  assert len(pictures(out)) == 2 and records(out)[0]['prompt'] == long
+  for name in ('encoded', 'cached'):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger='absl'):
+      out = draw(tiny_model_dir, tmp_path / name, long, 'red apple', steps=1)
+    (warning,) = [r.getMessage() for r in caplog.records if 'longer than' in r.getMessage()]
+    assert 'prompts are longer than 24 tokens and lose their end' in warning
+    assert len(warning) < 500
+    assert len(pictures(out)) == 2 and records(out)[0]['prompt'] == long
 
 
 def _small_world():

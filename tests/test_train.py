@@ -148,22 +148,6 @@ def test_a_model_brings_its_text_encoder(tiny_config, tiny_model_dir, tmp_path):
     start(tiny_config, tmp_path / 'other')
 
 
-def test_workdir_of_another_config_is_refused(tiny_config, tmp_path):
-  from eru_jax.training import config as config_lib
-  from eru_jax.training import workdir as workdir_lib
-
-  config = config_lib.from_mapping(config_lib.ExperimentConfig, tiny_config)
-  workdir_lib.claim(tmp_path / 'run', config_lib.to_json(config))
-  before = (tmp_path / 'run' / 'config.json').read_bytes()
-  other = tiny_config | {'no_rl': tiny_config['no_rl'] | {'beta': 0.5}}
-  with pytest.raises(UserError, match=r'another config \(no_rl.beta was 1.0 and is now 0.5\)'):
-    start(other, tmp_path / 'run')
-  assert (tmp_path / 'run' / 'config.json').read_bytes() == before
-  # What no number depends on may change.
-  renamed = config_lib.from_mapping(config_lib.ExperimentConfig, tiny_config | {'title': 'New'})
-  workdir_lib.claim(tmp_path / 'run', config_lib.to_json(renamed))
-
-
 def test_directory_of_something_else_is_refused(tiny_config, tmp_path):
   (tmp_path / 'thesis.tex').write_text('x')
   with pytest.raises(UserError, match=r'is not empty and holds no run .* another --workdir'):
@@ -233,6 +217,13 @@ def interrupt(arguments, stage_directory, number, delay):
   return process.returncode, output
 
 
+def moments():
+  """Random moments, others in every run of the test; pytest shows the seed if it fails."""
+  seed = random.SystemRandom().randrange(2**32)
+  print(f'the moments of the kills come from random.Random({seed})')
+  return random.Random(seed)
+
+
 def longer(tiny_config):
   """Many iterations with a checkpoint each, so that a kill hits something."""
   tiny_config['dk_dm'] |= dict(num_steps=40, save_every=4)
@@ -252,7 +243,7 @@ def unbroken(tiny_config, tmp_path):
 @pytest.mark.slow
 def test_killed_run_ends_as_an_unbroken_one(unbroken, tmp_path):
   make, expected = unbroken
-  chance = random.Random(20)
+  chance = moments()
   workdir = tmp_path / 'killed'
   for stage in ('dk_dm', 'no_rl'):
     code, output = interrupt(
@@ -280,11 +271,23 @@ def test_sigterm_saves_leaves_quietly_and_resumes_exactly(unbroken, tmp_path):
   assert_same_run(workdir, expected)
 
 
-def test_run_resumed_in_process_ends_as_an_unbroken_one(tiny_config, tmp_path, monkeypatch):
+def shipped(tiny_config):
+  """The recipe of configs/emoji.py: whole networks, Muon, microbatches."""
+  tiny_config['dk_dm'] |= dict(accumulation=2)
+  tiny_config['dk_dm']['optimizer'] |= dict(algorithm='muon', ema_decay=0.9)
+  tiny_config['no_rl'] |= dict(accumulation=2)
+  return tiny_config
+
+
+@pytest.mark.parametrize('recipe', ['shipped', 'lora'])
+def test_run_resumed_in_process_ends_as_an_unbroken_one(recipe, tiny_config, tmp_path, monkeypatch):
   """The fast sibling of the two above: SIGTERM at a known iteration of either stage."""
   from eru_jax.training import loop
 
-  tiny_config['lora'] = LORA
+  if recipe == 'shipped':
+    shipped(tiny_config)
+  else:
+    tiny_config['lora'] = LORA
   start(tiny_config, tmp_path / 'unbroken')
   flush = loop.MetricWriter.write
 
@@ -303,6 +306,26 @@ def test_run_resumed_in_process_ends_as_an_unbroken_one(tiny_config, tmp_path, m
   monkeypatch.setattr(loop.MetricWriter, 'write', flush)
   start(tiny_config, tmp_path / 'stopped')
   assert_same_run(tmp_path / 'stopped', tmp_path / 'unbroken')
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tiny_config, tmp_path):
+  """The shipped recipe: one stage, one kill."""
+  shipped(tiny_config)
+  tiny_config['stages'] = ('dk_dm',)
+  tiny_config['dk_dm'] |= dict(num_steps=60, save_every=3)
+  workdir = tmp_path / 'killed'
+  code, output = interrupt(
+    command(tiny_config, workdir, tmp_path),
+    workdir / 'checkpoints' / 'dk_dm',
+    signal.SIGKILL,
+    moments().uniform(0, 1),
+  )
+  assert code == -signal.SIGKILL, output
+  assert not (workdir / 'summary.json').exists()
+  start(tiny_config, workdir)
+  start(tiny_config, tmp_path / 'unbroken')
+  assert_same_run(workdir, tmp_path / 'unbroken')
 
 
 def test_crash_between_metrics_and_checkpoint_leaves_no_trace(tiny_config, tmp_path, monkeypatch):

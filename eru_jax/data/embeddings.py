@@ -29,7 +29,9 @@ class Encoder(Protocol):
   @property
   def fingerprint(self) -> str: ...
 
-  def encode(self, prompts: Sequence[str]) -> Conditioning: ...
+  def encode(self, prompts: Sequence[str], warn: bool = True) -> Conditioning: ...
+
+  def warn_if_cut(self, prompts: Sequence[str], mask: np.ndarray) -> None: ...
 
 
 def _key(prompt: str) -> str:
@@ -78,7 +80,7 @@ class EmbeddingCache:
       self._read(path)
 
   def lookup(self, prompts: Sequence[str]) -> Conditioning:
-    """Embeddings of prompts, in their order.
+    """Embeddings of prompts, in their order; warns once if any of them is too long.
 
     Args:
       prompts: N texts, repeats allowed; N may be 0.
@@ -94,12 +96,15 @@ class EmbeddingCache:
       return self._encoder.encode([])
     missing = list(dict.fromkeys(p for p in prompts if _key(p) not in self._rows))
     if missing:
-      fresh = self._encoder.encode(missing)
+      fresh = self._encoder.encode(missing, warn=False)
       rows = [jax.tree.map(lambda x, i=i: x[i], fresh) for i in range(len(missing))]
       self._write(missing, rows)
       self._rows |= {_key(prompt): row for prompt, row in zip(missing, rows, strict=True)}
     found = [self._rows[_key(prompt)] for prompt in prompts]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    conditioning = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    # Here, because whoever uses a prompt is to know, not only who was the first to encode it.
+    self._encoder.warn_if_cut(prompts, conditioning.mask)
+    return conditioning
 
   def _read(self, path: pathlib.Path) -> None:
     from array_record.python import array_record_module

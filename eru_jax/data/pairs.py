@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from eru_jax.errors import UserError
+from eru_jax.files import replace_file
 
 _REQUIRED = ('implicit', 'explicit')
 _OPTIONAL = ('category', 'split', 'id', 'subject_span', 'image')
@@ -32,7 +33,8 @@ class KnowledgePair:
   Attributes:
     implicit: the prompt that asks through knowledge, 'the fruit that keeps the doctor away'.
     explicit: its anchor, the prompt that says what to draw, 'red apple'.
-    category: kind of knowledge, for reports.
+    category: kind of knowledge, 'animals-and-nature'; for people and their scripts, as nothing
+      is trained or measured by it.
     split: 'train', or the name of an evaluation set.
     id: unique within a file.
     subject_span: [start, end) characters of the implicit prompt that hold its subject.
@@ -79,12 +81,15 @@ def read_prompt_file(path: str | os.PathLike) -> list[KnowledgePair]:
     UserError: for a file that cannot be read, a line that is no valid pair, an id that occurs
       twice, or an implicit prompt that occurs in two splits; it names the file and the line.
   """
-  path = pathlib.Path(path)
+  return _parse(_read_text(pathlib.Path(path)), pathlib.Path(path))
+
+
+def _parse(text: str, path: pathlib.Path) -> list[KnowledgePair]:
   pairs: list[KnowledgePair] = []
   lines_of_id: dict[str, int] = {}
   first_use: dict[str, tuple[int, str]] = {}
   # Split at newlines only: str.splitlines would also cut at U+2028, which JSON text may hold.
-  for number, line in enumerate(_read_text(path).split('\n'), start=1):
+  for number, line in enumerate(text.split('\n'), start=1):
     if not line.strip():
       continue
     where = f'{path}, line {number}'
@@ -115,7 +120,7 @@ def write_prompt_file(path: str | os.PathLike, pairs: Sequence[KnowledgePair]) -
   """Writes pairs as JSON Lines that `read_prompt_file` reads back equal, atomically.
 
   Args:
-    path: file to write or replace.
+    path: file to write or replace; its directory is made if needed.
     pairs: fields that are None (and an empty id) are left out.
 
   Raises:
@@ -128,24 +133,12 @@ def write_prompt_file(path: str | os.PathLike, pairs: Sequence[KnowledgePair]) -
     if not pair.id:
       del row['id']
     lines.append(json.dumps(row, ensure_ascii=False) + '\n')
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  text = ''.join(lines)
   try:
-    with open(temporary, 'w', encoding='utf-8', errors='surrogatepass', newline='\n') as file:
-      file.writelines(lines)
-    _read_again(temporary, path)
-    os.replace(temporary, path)
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def _read_again(temporary: pathlib.Path, path: pathlib.Path) -> None:
-  try:
-    read_prompt_file(temporary)
+    _parse(text, path)
   except UserError as error:
-    reason = str(error).replace(str(temporary), str(path))
-    raise UserError(f'Not written, as it could not be read again: {reason}') from error
+    raise UserError(f'Not written, as it could not be read again: {error}') from error
+  replace_file(path, text.encode())
 
 
 def _read_text(path: pathlib.Path) -> str:

@@ -84,11 +84,12 @@ class TextEncoder:
     """Hex sha256 of everything the embedding of a text depends on; keys caches."""
     return hashlib.sha256(f'{_RECIPE}/{self.files_digest}/{self.max_length}'.encode()).hexdigest()
 
-  def encode(self, prompts: Sequence[str]) -> Conditioning:
-    """Embeds prompts; warns once if any of them had to be cut.
+  def encode(self, prompts: Sequence[str], warn: bool = True) -> Conditioning:
+    """Embeds prompts; those that are too long lose their end.
 
     Args:
       prompts: B texts; B may be 0.
+      warn: whether to say so, see `warn_if_cut`.
 
     Returns:
       Conditioning of numpy arrays: tokens (B, max_length, D) float32, zero at padding, mask
@@ -98,7 +99,29 @@ class TextEncoder:
       UserError: if a prompt is empty or blank, naming its index.
     """
     check_prompts(prompts)
-    return self._encode(prompts)
+    conditioning = self._encode(prompts)
+    if warn:
+      self.warn_if_cut(prompts, conditioning.mask)
+    return conditioning
+
+  def warn_if_cut(self, prompts: Sequence[str], mask: np.ndarray) -> None:
+    """Warns, once for all of them, if prompts are too long for their embeddings.
+
+    Args:
+      prompts: B texts.
+      mask: (B, max_length) bool, of their embeddings. Only prompts that fill their row are
+        tokenised (again), so this costs next to nothing where embeddings come from a cache.
+    """
+    full = [prompt for prompt, row in zip(prompts, mask, strict=True) if row.all()]
+    cut = [p for p in full if len(self.tokenizer.encode(p).ids) > self.max_length]
+    if cut:
+      logging.warning(
+        '%d of %d prompts are longer than %d tokens and lose their end; the first is %r.',
+        len(cut),
+        len(prompts),
+        self.max_length,
+        cut[0][:_QUOTED],
+      )
 
   def null_conditioning(self) -> Conditioning:
     """The embedding of the empty prompt, shaped like `encode` of one prompt."""
@@ -108,15 +131,6 @@ class TextEncoder:
     """Returns token ids (B, max_length) int32, zero at padding, and their mask, bool."""
     # One at a time: encode_batch starts threads that do not survive a later fork.
     rows = [self.tokenizer.encode(prompt).ids for prompt in prompts]
-    cut = [index for index, row in enumerate(rows) if len(row) > self.max_length]
-    if cut:
-      logging.warning(
-        '%d of %d prompts are longer than %d tokens and lose their end; the first is %r.',
-        len(cut),
-        len(rows),
-        self.max_length,
-        prompts[cut[0]][:_QUOTED],
-      )
     ids = np.zeros((len(rows), self.max_length), np.int32)
     mask = np.zeros(ids.shape, bool)
     for index, row in enumerate(rows):

@@ -11,7 +11,8 @@ from eru_jax.data.emoji_knowledge import PairTable, PictureTable, load_pairs, lo
 from eru_jax.data.pairs import KnowledgePair, normalise, read_prompt_file
 from eru_jax.errors import UserError
 
-IMPLICIT_SPLITS = ('train', 'wording', 'fact')
+# Prompts that name what they show; those of every other split mean it.
+EXPLICIT_SPLITS = ('explicit', 'unrelated')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,8 @@ def load_world(
     pairs: 'emoji_knowledge' or the path of a JSON Lines file of knowledge pairs.
     cache: where prepared datasets live.
     wordings_per_fact: training wordings used per fact of 'emoji_knowledge'.
-    max_facts: at most so many of its facts in the splits train and wording; 0 takes all.
+    max_facts: at most so many of its facts in the splits train, wording and explicit; 0 takes
+      all.
 
   Raises:
     UserError: for a bad file, or a file without training pairs.
@@ -90,7 +92,14 @@ def load_world(
       for pair in anchors.values()
     )
     tables['explicit'] = PairTable(rows, answers(pictures, rows, pairs))
-  return World(pictures, {'unrelated': own['unrelated'], **tables})
+  taken = np.concatenate([table.index for table in tables.values()])
+  return World(pictures, {'unrelated': _without(own['unrelated'], taken), **tables})
+
+
+def _without(table: PairTable, taken: np.ndarray) -> PairTable:
+  """The rows of a table whose answer is not among `taken`."""
+  kept = np.flatnonzero(~np.isin(table.index, taken))
+  return PairTable(tuple(table.pairs[row] for row in kept), table.index[kept])
 
 
 def _fewer_facts(tables: Mapping[str, PairTable], count: int) -> dict[str, PairTable]:
@@ -103,5 +112,5 @@ def _fewer_facts(tables: Mapping[str, PairTable], count: int) -> dict[str, PairT
     chosen = [row for row, pair in enumerate(table.pairs) if pair.explicit in kept]
     return PairTable(tuple(table.pairs[row] for row in chosen), table.index[chosen])
 
-  learnt = {split: fewer(tables[split]) for split in ('train', 'wording')}
+  learnt = {split: fewer(tables[split]) for split in ('train', 'wording', 'explicit')}
   return {**tables, **learnt}

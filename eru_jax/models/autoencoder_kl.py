@@ -451,11 +451,6 @@ class AutoencoderKL(nn.Module):
     return self.decode(self.encode(images)[0])
 
 
-def sample_posterior(key: jax.Array, mean: jax.Array, logvar: jax.Array) -> jax.Array:
-  """A draw mean + exp(logvar / 2) * normal, shaped like `mean`."""
-  return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
-
-
 def scale_latents(z: jax.Array, config: AutoencoderConfig) -> jax.Array:
   """Autoencoder latents to what the diffusion model sees: (z - shift) * scale."""
   return (z - config.shift_factor) * config.scaling_factor

@@ -10,6 +10,7 @@ Blocks are stacked on a leading axis and run under `nn.scan`; the same stacked p
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,9 +90,14 @@ class FluxConfig:
     """Reads diffusers' config.json.
 
     Raises:
-      UserError: for a patch size or an output width this port does not have.
+      UserError: for an unknown key that is no record of diffusers' own (those begin with an
+        underscore), and for a patch size or an output width this port does not have.
     """
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+      if key not in (*known, 'patch_size', 'out_channels') and not key.startswith('_'):
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
+        raise UserError(f'FLUX config: unknown key `{key}`; did you mean `{near[0]}`?')
     in_channels = values.get('in_channels', 64)
     if values.get('patch_size', 1) != 1 or values.get('out_channels') not in (None, in_channels):
       raise UserError('FLUX config: patch_size must be 1 and out_channels equal in_channels.')

@@ -3,7 +3,7 @@
 The two are different models, so that a policy which learns to please the reward does not please
 the judge for the same reason:
   - the reward is a convolutional classifier trained on distorted pictures, whose last class is
-    "nothing recognisable" (blends and shuffles of pictures);
+    "nothing recognisable" (blends of two pictures, and pieces of two put together);
   - the judge has no training at all: the nearest blurred picture, under small shifts.
 How often each is wrong on generated pictures is recorded in docs/benchmarks.md.
 """
@@ -65,14 +65,16 @@ def _shift(image: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def _blur(images: jax.Array) -> jax.Array:
-  """A 3 x 3 box blur with reflected edges."""
+  """A 3 x 3 box blur; outside the picture, its edge goes on."""
   padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode='edge')
   height, width = images.shape[1:3]
   parts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
   return sum(parts) / 9
 
 
-def distort(key: jax.Array, images: jax.Array, labels: jax.Array, nothing: int):
+def distort(
+  key: jax.Array, images: jax.Array, labels: jax.Array, nothing: int
+) -> tuple[jax.Array, jax.Array]:
   """Training pictures for the classifier: distorted ones, and some that show nothing.
 
   Args:
@@ -82,8 +84,10 @@ def distort(key: jax.Array, images: jax.Array, labels: jax.Array, nothing: int):
     nothing: the class of a picture without content.
 
   Returns:
-    (images, labels) of the same shapes: shifted, blurred, recoloured, noised; a fifth of them
-    blends of two or shuffles of one picture's quarters and labelled `nothing`.
+    (images, labels) of the same shapes: shifted, blurred, recoloured, noised. A fifth of them
+    are labelled `nothing`: even blends of a picture and its neighbour in the batch, or pieces of
+    both put together. Up to a quarter of the neighbour also shines through all the others, which
+    keep their labels.
   """
   keys = jax.random.split(key, 9)
   batch = images.shape[0]
@@ -94,9 +98,9 @@ def distort(key: jax.Array, images: jax.Array, labels: jax.Array, nothing: int):
   share = jax.random.uniform(keys[1], per_image, minval=0.4, maxval=0.6)
   blend = share * shifted + (1 - share) * other
   half = images.shape[1] // 2
-  quarters = jnp.concatenate([shifted[:, half:], other[:, :half]], axis=1)
-  quarters = jnp.concatenate([quarters[:, :, half:], blend[:, :, :half]], axis=2)
-  garbage = jnp.where(jax.random.bernoulli(keys[2], 0.5, per_image), blend, quarters)
+  pieces = jnp.concatenate([shifted[:, half:], other[:, :half]], axis=1)
+  pieces = jnp.concatenate([pieces[:, :, half:], blend[:, :, :half]], axis=2)
+  garbage = jnp.where(jax.random.bernoulli(keys[2], 0.5, per_image), blend, pieces)
   is_garbage = jax.random.bernoulli(keys[3], 0.2, (batch,))
   out = jnp.where(is_garbage[:, None, None, None], garbage, shifted)
 
@@ -110,7 +114,9 @@ def distort(key: jax.Array, images: jax.Array, labels: jax.Array, nothing: int):
   return jnp.clip(gain * out + offset + noise, 0, 1), jnp.where(is_garbage, nothing, labels)
 
 
-def classifier_loss(logits: jax.Array, labels: jax.Array, smoothing: float):
+def classifier_loss(
+  logits: jax.Array, labels: jax.Array, smoothing: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Cross-entropy with label smoothing.
 
   Args:

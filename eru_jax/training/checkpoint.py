@@ -94,18 +94,20 @@ class StageCheckpoints:
         'same command again to continue.'
       ) from error
 
-  def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+  def restore(self, like: PyTree, *, repair: bool = True) -> tuple[PyTree, dict[str, Any]] | None:
     """Reads the newest checkpoint that is whole.
 
     Args:
       like: the state to restore into: its structure, shapes, dtypes and shardings.
+      repair: move damaged checkpoints aside, so that training can save their steps again. False
+        changes nothing on disk.
 
     Returns:
       (state, position), or None if nothing has been saved.
 
     Raises:
       UserError: if there are checkpoints but none of them can be read, or if they hold arrays of
-        other names, shapes or dtypes; those are left as they are.
+        other names, shapes or dtypes; the latter are left as they are.
     """
     steps = self.steps
     for step in reversed(steps):
@@ -122,7 +124,13 @@ class StageCheckpoints:
           'Checkpoint %s/%d is damaged (%s); trying the one before it.',
           self._directory, step, _first_line(error),
         )  # fmt: skip
-        self._set_aside(step)
+        if repair:
+          self._set_aside(step)
+    if steps and not repair:
+      raise UserError(
+        f'None of the checkpoints {steps} in {self._directory} can be read: run `train` again on '
+        'this workdir to make them anew.'
+      )
     if steps:
       raise UserError(
         f'None of the checkpoints {steps} in {self._directory} can be read; they were set aside '

@@ -7,12 +7,15 @@ range is answered by one sentence that names it.
 import dataclasses
 import difflib
 import pathlib
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, get_args, get_origin
 
 from eru_jax.errors import UserError
+from eru_jax.models.attention import IMPLEMENTATIONS
+from eru_jax.models.flux import REMAT_POLICIES
 from eru_jax.models.lora import LoraRule
 from eru_jax.sharding import MeshConfig
 from eru_jax.training.state import OptimizerConfig
@@ -31,6 +34,21 @@ def require(config: Any, **rules: tuple[bool, str]) -> None:
 TEXT_ENCODERS = ('minilm', 'minilm_sentence')
 
 
+# What a model directory knows of itself -> (valid, wanted). Types are checked too, since the values
+# may come from its eru_jax.json.
+MODEL_OWN = {
+  'text_encoder': (lambda value: value in TEXT_ENCODERS, f'one of {", ".join(TEXT_ENCODERS)}'),
+  'text_length': (lambda value: type(value) is int and value > 2, 'at least 3'),
+  'resolution': (
+    lambda value: type(value) is int and value > 0 and value % 16 == 0,
+    'a multiple of 16',
+  ),
+}
+# Values of `model.source` and `data.pairs` that are no paths.
+MODEL_NAMES = ('emoji_base', 'scratch')
+PAIRS_NAMES = ('emoji_knowledge',)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Which model to train, and how it runs.
@@ -40,10 +58,10 @@ class ModelConfig:
     architecture: for 'scratch': overrides of the family's architecture, keyed as its config.json.
     autoencoder: for 'scratch': the same for the autoencoder.
     family: for 'scratch': the model family.
-    resolution: edge of the pictures in pixels.
-    text_encoder: for 'scratch': 'minilm' (token states and the sentence vector) or
-      'minilm_sentence' (the sentence vector alone, as the pooled one and as the only token). A
-      model directory brings its own.
+    resolution: edge of the pictures in pixels. None, here and in the next two, is the model
+      directory's own, or what `experiment.resolve_model` sets from scratch: 64, 'minilm' and 24.
+    text_encoder: 'minilm' (token states and the sentence vector) or 'minilm_sentence' (the
+      sentence vector alone, as the pooled one and as the only token).
     text_length: tokens a prompt is padded or truncated to.
     dtype: 'float32' or 'bfloat16', of the computation.
     scan: compile each stack of blocks as a loop (fast compile) or unrolled (faster on CPU).
@@ -55,24 +73,23 @@ class ModelConfig:
   family: str = 'flux'
   architecture: dict = dataclasses.field(default_factory=dict)
   autoencoder: dict = dataclasses.field(default_factory=dict)
-  resolution: int = 64
-  text_encoder: str = 'minilm'
-  text_length: int = 24
+  resolution: int | None = None
+  text_encoder: str | None = None
+  text_length: int | None = None
   dtype: str = 'float32'
   scan: bool = True
   remat: str = 'none'
   attention: str = 'auto'
 
   def __post_init__(self):
+    for name, (valid, wanted) in MODEL_OWN.items():
+      value = getattr(self, name)
+      require(self, **{name: (value is None or valid(value), wanted)})
     require(
       self,
-      resolution=(self.resolution > 0 and self.resolution % 16 == 0, 'a multiple of 16'),
-      text_encoder=(
-        self.text_encoder in TEXT_ENCODERS,
-        f'one of {", ".join(TEXT_ENCODERS)}',
-      ),
-      text_length=(self.text_length > 2, 'at least 3'),
       dtype=(self.dtype in ('float32', 'bfloat16'), "'float32' or 'bfloat16'"),
+      remat=(self.remat in REMAT_POLICIES, f'one of {", ".join(REMAT_POLICIES)}'),
+      attention=(self.attention in IMPLEMENTATIONS, f'one of {", ".join(IMPLEMENTATIONS)}'),
     )
 
   @property
@@ -82,7 +99,7 @@ class ModelConfig:
 
   @property
   def num_text_tokens(self) -> int:
-    """Text tokens the backbone attends to."""
+    """Text tokens the backbone attends to; of resolved settings only."""
     return 1 if self.sentence_only else self.text_length
 
 
@@ -91,6 +108,11 @@ def model_path(settings: ModelConfig) -> pathlib.Path:
   if settings.source == 'emoji_base':
     return pathlib.Path(__file__).parent.parent / 'assets' / 'emoji_base'
   return pathlib.Path(settings.source).expanduser()
+
+
+def absolute(value: str, names: Container[str]) -> str:
+  """A path as it reads from any working directory; the names that are no paths stay."""
+  return value if value in names else str(pathlib.Path(value).expanduser().absolute())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +183,7 @@ class EvaluationConfig:
       self,
       max_prompts=(self.max_prompts >= 1, 'at least 1'),
       batch_size=(self.batch_size >= 1, 'at least 1'),
+      seed=_seed(self.seed),
       gallery=(self.gallery >= 0, 'zero or more'),
     )
 
@@ -191,6 +214,11 @@ class StageConfig:
       save_every=(self.save_every >= 1, 'at least 1'),
       log_every=(self.log_every >= 1, 'at least 1'),
     )
+
+
+def _seed(seed: int) -> tuple[bool, str]:
+  # More a JAX key does not tell apart.
+  return 0 <= seed < 2**32, f'from 0 to {2**32 - 1}'
 
 
 def _batch(size: int, accumulation: int) -> tuple[bool, str]:
@@ -439,6 +467,7 @@ class ExperimentConfig:
         f'config: `stages` is {list(self.stages)} but must name different stages out of '
         f'{list(STAGE_CONFIGS)}.'
       )
+    require(self, seed=_seed(self.seed))
 
   def stage(self, name: str) -> StageConfig:
     return getattr(self, name)
@@ -460,12 +489,26 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
   if hint is dict:
     if not isinstance(value, Mapping):
       raise UserError(f'config: `{where}` is {value!r} but must be a mapping.')
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    return {k: _plain(v, f'{where}.{k}') for k, v in value.items()}
+  if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    return _finite(value, where)
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
     raise UserError(f'config: `{where}` is {value!r} but must be a {hint.__name__}.')
   return value
+
+
+def _finite(value: int | float, where: str) -> float:
+  # Not math.isfinite, which whole numbers that are no float overflow.
+  if not abs(value) <= sys.float_info.max:
+    raise UserError(f'config: `{where}` is {value!r} but must be finite.')
+  return float(value)
+
+
+def _plain(value: Any, where: str) -> Any:
+  """A value of a mapping that is not of this schema, as JSON would give it back."""
+  if isinstance(value, float):
+    return _finite(value, where)
+  return list(value) if isinstance(value, tuple) else value
 
 
 def from_mapping(cls: type, values: Any, where: str = '') -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from eru_jax import sharding
 from eru_jax.data.pairs import KnowledgePair
-from eru_jax.data.world import IMPLICIT_SPLITS
+from eru_jax.data.world import EXPLICIT_SPLITS
 from eru_jax.models.registry import DiffusionModel
 from eru_jax.rewards.emoji import TemplateJudge
 from eru_jax.training.experiment import Experiment, Snapshot
@@ -20,7 +20,8 @@ from eru_jax.training.metrics import wilson_interval
 from eru_jax.types import Conditioning
 
 PyTree = Any
-SPLITS = ('explicit', *IMPLICIT_SPLITS, 'unrelated')
+# The order in which they are told; splits of a user's own come after them.
+SPLITS = ('explicit', 'train', 'wording', 'fact', 'unrelated')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +184,9 @@ def evaluate(
   base and this model make of the same unrelated prompts from the same noise.
   """
   scores, generated = {}, {}
-  for split in SPLITS:
-    if split not in experiment.world.splits or not experiment.world.splits[split].pairs:
+  splits = experiment.world.splits
+  for split in dict.fromkeys((*SPLITS, *splits)):
+    if split not in splits or not splits[split].pairs:
       continue
     pairs, answers = selected(experiment, split)
     generated[split] = generate(
@@ -192,7 +194,7 @@ def evaluate(
     )
     scores[split] = accuracy(generated[split].shown == answers)
     rows = gallery(experiment, split)
-    if base is None and split in IMPLICIT_SPLITS and len(rows):
+    if base is None and split not in EXPLICIT_SPLITS and len(rows):
       anchors = [pairs[row].explicit for row in rows]
       generated[f'{split} anchors'] = generate(experiment, snapshot, judge, anchors, split, rows)
   if 'unrelated' in generated:

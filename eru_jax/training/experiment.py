@@ -22,9 +22,12 @@ from eru_jax.errors import UserError
 from eru_jax.models import autoencoder_kl, registry
 from eru_jax.models.minilm import sentence_conditioning
 from eru_jax.training.config import (
-  TEXT_ENCODERS,
+  MODEL_NAMES,
+  MODEL_OWN,
+  PAIRS_NAMES,
   ExperimentConfig,
   ModelConfig,
+  absolute,
   model_path,
 )
 from eru_jax.types import Conditioning, VelocityFn
@@ -173,8 +176,53 @@ def _build_model(
   )
 
 
+# What a model has that does not say otherwise.
+_USUAL = {'text_encoder': 'minilm', 'text_length': 24, 'resolution': 64}
+
+
+def resolve_model(settings: ModelConfig) -> ModelConfig:
+  """The settings with nothing left to the model directory, and its path absolute.
+
+  Raises:
+    UserError: if there is no such directory, it says of itself what cannot be, or the settings
+      name another text encoder or text length than its backbone was made for.
+  """
+  stored: dict[str, Any] = {}
+  path = model_path(settings)
+  if settings.source != 'scratch':
+    if not path.is_dir():
+      raise UserError(
+        f'There is no model directory {path}: set model.source to `emoji_base`, `scratch` or a '
+        'directory with eru_jax.json, transformer/ and vae/.'
+      )
+    stored = model_directory.read_settings(path)
+  values = {}
+  for name, (valid, wanted) in MODEL_OWN.items():
+    own, given = stored.get(name, _USUAL[name]), getattr(settings, name)
+    if not valid(own):
+      raise UserError(f'{path / "eru_jax.json"}: {name} is {own!r} but must be {wanted}.')
+    # At another resolution a backbone can be used; with other text it sees what it never learnt.
+    if name in stored and name != 'resolution' and given not in (None, own):
+      raise UserError(
+        f'model.{name} is {given!r}, but the model in {path} was made with {own!r}: leave it out.'
+      )
+    values[name] = own if given is None else given
+  source = absolute(settings.source, MODEL_NAMES)
+  return dataclasses.replace(settings, source=source, **values)
+
+
+def resolve(config: ExperimentConfig) -> ExperimentConfig:
+  """The config with its model resolved and its paths absolute: what a workdir keeps of it.
+
+  Raises:
+    UserError: as `resolve_model`.
+  """
+  data = dataclasses.replace(config.data, pairs=absolute(config.data.pairs, PAIRS_NAMES))
+  return dataclasses.replace(config, model=resolve_model(config.model), data=data)
+
+
 def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
-  """The model an experiment starts from: a model directory, or random parameters.
+  """The model a resolved experiment starts from: a model directory, or random parameters.
 
   Raises:
     UserError: if the directory is missing, damaged or of another shape.
@@ -200,26 +248,12 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
   return Snapshot(model, backbone, jax.device_put(stored.autoencoder, everywhere), reward=reward)
 
 
-def _with_stored_text(settings: ModelConfig) -> ModelConfig:
-  """A model directory says which text encoder its backbone was made for.
-
-  Raises:
-    UserError: if that is none we have.
-  """
-  if settings.source == 'scratch':
-    return settings
-  path = model_path(settings)
-  name = model_directory.read_settings(path).get('text_encoder', settings.text_encoder)
-  if name not in TEXT_ENCODERS:
-    raise UserError(
-      f'{path / "eru_jax.json"}: text_encoder is {name!r} but must be one of '
-      f'{", ".join(TEXT_ENCODERS)}.'
-    )
-  return dataclasses.replace(settings, text_encoder=name)
-
-
 def open_experiment(
-  config: ExperimentConfig, mesh: Mesh, extra_prompts: Sequence[str] = ()
+  config: ExperimentConfig,
+  mesh: Mesh,
+  extra_prompts: Sequence[str] = (),
+  *,
+  any_size: bool = False,
 ) -> tuple[Experiment, Snapshot]:
   """Opens the world, embeds every prompt, and loads the model an experiment starts from.
 
@@ -227,13 +261,20 @@ def open_experiment(
     config: the experiment.
     mesh: its devices.
     extra_prompts: prompts to embed besides those of the world.
+    any_size: allow pictures of another size than the world's, which its judge cannot see.
 
   Raises:
     UserError: for bad data, a bad model, or missing packages.
   """
-  config = dataclasses.replace(config, model=_with_stored_text(config.model))
+  config = resolve(config)
   data = config.data
   world = load_world(data.pairs, cache_directory(), data.wordings_per_fact, data.max_facts)
+  size = world.pictures.images.shape[1]
+  if config.model.resolution != size and not any_size:
+    raise UserError(
+      f'model.resolution is {config.model.resolution}, but the pictures of the world are of '
+      f'{size} x {size} pixels: set it to {size}.'
+    )
   prompts = [*world.pictures.names, *world.all_prompts, *extra_prompts]
   text = open_text(config.model, prompts)
   return Experiment(config, mesh, world, text), load_snapshot(config, mesh)

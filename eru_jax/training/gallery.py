@@ -6,18 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from eru_jax.data.world import IMPLICIT_SPLITS
+from eru_jax.data.world import EXPLICIT_SPLITS
 from eru_jax.training.evaluation import Evaluation, gallery, selected
 from eru_jax.training.experiment import Experiment
 from eru_jax.training.pictures import image_grid, save_png
 from eru_jax.training.report import GalleryRow
+from eru_jax.training.report_scores import after
 
-TITLES = {
-  'base': 'Base',
-  'flow_matching': 'After fine-tuning',
-  'dk_dm': 'After DK-DM',
-  'no_rl': 'After NO-RL',
-}
 # Unseen wordings first: they are what the method is for.
 _ORDER = ('wording', 'train', 'fact', 'explicit', 'unrelated')
 
@@ -43,16 +38,16 @@ def _row(
   """Row `row` of what was evaluated of a split; at `place` in its gallery, which has anchors."""
   pairs, answers = selected(experiment, split)
   pictures = []
-  if place is not None and split in IMPLICIT_SPLITS and 'base' in evaluations:
+  if place is not None and split not in EXPLICIT_SPLITS and 'base' in evaluations:
     anchors = evaluations['base'].generated[f'{split} anchors']
     right = bool(anchors.shown[place] == answers[row])
     pictures.append(('Base, explicit prompt', anchors.images[place], right))
   for label, evaluation in evaluations.items():
     generated = evaluation.generated[split]
     right = bool(generated.shown[row] == answers[row])
-    pictures.append((TITLES.get(label, label), generated.images[row], right))
+    pictures.append((after(label), generated.images[row], right))
   pair = pairs[row]
-  anchor = pair.explicit if split in IMPLICIT_SPLITS else ''
+  anchor = pair.explicit if split not in EXPLICIT_SPLITS else ''
   target = experiment.world.pictures.images[answers[row]]
   return GalleryRow(pair.implicit, anchor, split, target, pictures)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from eru_jax import sharding
@@ -110,15 +111,18 @@ def run_stage(
     frozen = stage.make_frozen()
     iterate = compile_stage(program, optimizer, config.optimizer.ema_decay, layout)
     progress = Progress(config.num_steps, name, initial=first)
+    logged, logged_at = first, time.monotonic()
     with Preemption() as preemption:
       for step in range(first, config.num_steps):
-        began = time.monotonic()
         batch = stage.assemble(next(stage.batches))
         state, measurements = iterate(state, frozen, batch, key)
         done = step + 1
         if done % config.log_every == 0 or done in (1, config.num_steps):
           values = {k: float(np.asarray(v)) for k, v in measurements.items()}
-          values['time_per_step'] = time.monotonic() - began
+          # Read once the values are here: iterations are queued long before they are done.
+          now = time.monotonic()
+          values['time_per_step'] = (now - logged_at) / (done - logged)
+          logged, logged_at = done, now
           writer.write(name, done, values)
           _check_health(name, done, values, config)
           progress.update(done, loss=values['loss'])
@@ -154,7 +158,7 @@ def _initialiser(stage: Stage, config: StageConfig, mesh: Mesh) -> tuple[Any, Ca
 def load_result(
   name: str, stage: Stage, config: StageConfig, mesh: Mesh, workdir: pathlib.Path
 ) -> PyTree | None:
-  """The averaged parameters of a stage that has been trained in a workdir, or None.
+  """The averaged parameters a stage has reached in a workdir, or None; only reads there.
 
   Raises:
     UserError: if the stage's checkpoints are damaged.
@@ -163,9 +167,14 @@ def load_result(
   if not directory.is_dir():
     return None
   checkpoints = StageCheckpoints(directory)
-  restored = checkpoints.restore(_initialiser(stage, config, mesh)[2])
+  restored = checkpoints.restore(_initialiser(stage, config, mesh)[2], repair=False)
   checkpoints.close()
-  return None if restored is None else restored[0].ema
+  if restored is None:
+    return None
+  state, step = restored[0], int(restored[0].step)
+  if step < config.num_steps:
+    logging.warning('%s: stage %s is at step %d of %d.', workdir, name, step, config.num_steps)
+  return state.ema
 
 
 def _check_health(name: str, step: int, values: dict[str, float], config: StageConfig) -> None:

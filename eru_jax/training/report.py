@@ -14,9 +14,6 @@ from eru_jax.training.report_gallery import gallery
 from eru_jax.training.report_scores import STAGES, accuracy_figure, accuracy_table, table, text
 from eru_jax.training.report_style import CSS
 
-_REWARDS = ('reward', 'reward_mean', 'mean_reward')
-_NEGATIVES = ('negative_fraction', 'negatives', 'fraction_negative', 'negative_share')
-
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
@@ -117,9 +114,11 @@ def _explanation(report: ReportData) -> str:
 def _curves(report: ReportData) -> str:
   charts = [accuracy_figure(report.summary.get('stages') or {})]
   for stage in dict.fromkeys(row['stage'] for row in report.metrics):
-    charts.append(_step_figure(report.metrics, stage, ('loss',), 'loss'))
-    charts.append(_step_figure(report.metrics, stage, _REWARDS, 'reward of its pictures'))
-    charts.append(_step_figure(report.metrics, stage, _NEGATIVES, 'share of negatives', True))
+    charts.append(_step_figure(report.metrics, stage, 'loss', 'loss'))
+    charts.append(_step_figure(report.metrics, stage, 'reward', 'reward of its pictures'))
+    charts.append(
+      _step_figure(report.metrics, stage, 'negative_fraction', 'share of negatives', True)
+    )
   charts = [chart for chart in charts if chart]
   return f'<div class="charts">{"".join(charts)}</div>' if charts else ''
 
@@ -127,15 +126,13 @@ def _curves(report: ReportData) -> str:
 def _step_figure(
   metrics: Sequence[Mapping[str, Any]],
   stage: str,
-  names: Sequence[str],
+  name: str,
   what: str,
   percent: bool = False,
 ) -> str:
-  for name in names:
-    points = [(r['step'], r[name]) for r in metrics if r['stage'] == stage and name in r]
-    if points:
-      break
-  else:
+  """A measurement of a stage by step; '' if the stage does not make it."""
+  points = [(r['step'], r[name]) for r in metrics if r['stage'] == stage and name in r]
+  if not points:
     return ''
   x, y = zip(*points, strict=True)
   title = f'{STAGES.get(stage, stage)}: {what}'

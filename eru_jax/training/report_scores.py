@@ -20,6 +20,14 @@ STAGES = {
   'flow_matching': 'Flow matching',
   'reward': 'Reward model',
 }
+
+
+def after(stage: str) -> str:
+  """Heading of the pictures that a model draws after a stage."""
+  name = STAGES.get(stage, stage)
+  return name if stage == 'base' else f'After {name if name.isupper() else name.lower()}'
+
+
 # Splits in the table's order: heading, and what right answers there say.
 SPLITS = {
   'explicit': (

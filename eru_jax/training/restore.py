@@ -1,7 +1,6 @@
 """Opens what `sample` and `evaluate` are pointed at: a run's workdir or a model directory."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,14 +8,15 @@ from typing import Any
 from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.training import config as config_lib
-from eru_jax.training.experiment import Experiment, Snapshot, open_experiment
+from eru_jax.training import workdir as workdir_lib
+from eru_jax.training.experiment import Experiment, Snapshot, open_experiment, resolve
 from eru_jax.training.loop import load_result
 from eru_jax.training.stages import STAGES, evaluated_as
 from eru_jax.weights import model_directory
 
 
 def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path | None]:
-  """The experiment behind `--model`, and its workdir if it is one.
+  """The experiment behind `--model`, resolved, and its workdir if it is one.
 
   Args:
     model: a workdir, a model directory, or 'emoji_base'.
@@ -27,10 +27,11 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
   path = pathlib.Path(model).expanduser()
   if (path / 'config.json').is_file():
     try:
-      values = json.loads((path / 'config.json').read_text(encoding='utf-8'))
+      values, _ = workdir_lib.read_config(path)
     except (OSError, ValueError) as error:
       raise UserError(f'{path / "config.json"} cannot be read: {error}.') from error
-    return config_lib.from_mapping(config_lib.ExperimentConfig, values), path.absolute()
+    config = config_lib.from_mapping(config_lib.ExperimentConfig, values)
+    return resolve(config), path.absolute()
   if model != 'emoji_base' and not (path / 'eru_jax.json').is_file():
     raise UserError(
       f'--model={model} is neither the workdir of a run (it would hold config.json) nor a model '
@@ -39,15 +40,11 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
   source = 'emoji_base' if model == 'emoji_base' else str(path)
   settings = config_lib.ModelConfig(source=source, scan=False)
   stored = model_directory.read_settings(config_lib.model_path(settings))
-  settings = dataclasses.replace(
-    settings,
-    resolution=stored.get('resolution', settings.resolution),
-    text_length=stored.get('text_length', settings.text_length),
-  )
   sampling = config_lib.from_mapping(
     config_lib.SamplingConfig, stored.get('sampling', {}), 'sampling'
   )
-  return config_lib.ExperimentConfig(stages=('dk_dm',), model=settings, sampling=sampling), None
+  config = config_lib.ExperimentConfig(stages=('dk_dm',), model=settings, sampling=sampling)
+  return resolve(config), None
 
 
 def open_model(
@@ -66,7 +63,7 @@ def open_model(
   config, workdir = read_config(model)
   config = dataclasses.replace(config, mesh=sharding.MeshConfig(), **overrides)
   mesh = sharding.make_mesh(config.mesh)
-  experiment, snapshot = open_experiment(config, mesh, prompts)
+  experiment, snapshot = open_experiment(config, mesh, prompts, any_size=True)
   return experiment, snapshot, workdir
 
 

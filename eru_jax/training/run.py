@@ -41,6 +41,7 @@ def train(config_values: Any, workdir: str) -> None:
   """
   began = time.monotonic()
   config = config_lib.from_mapping(config_lib.ExperimentConfig, config_values)
+  config = experiment_lib.resolve(config)
   directory = pathlib.Path(workdir).expanduser().absolute()
   workdir_lib.claim(directory, config_lib.to_json(config))
   summary_path = directory / 'summary.json'

@@ -1,5 +1,6 @@
 """The directory of a run: which config it belongs to, and what was measured in it so far."""
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -9,11 +10,16 @@ import numpy as np
 
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
+from eru_jax.training.config import MODEL_NAMES, PAIRS_NAMES, absolute
 from eru_jax.training.evaluation import Evaluation, Generated
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
 
 # What may differ between the runs of one workdir, because no number depends on it.
 _FREE = ('title', 'wandb_project', 'mesh')
+# What a run has achieved. A workdir without any of it belongs to nobody yet.
+_RESULTS = ('checkpoints', 'evaluations', 'metrics.jsonl', 'summary.json', 'model')
+# Key of config.json, beside the config: file -> SHA-256 of what it held when the run began.
+_INPUTS = 'inputs'
 
 
 def _differences(old: Any, new: Any, where: str = '') -> list[str]:
@@ -27,31 +33,95 @@ def _differences(old: Any, new: Any, where: str = '') -> list[str]:
   return [] if old == new else [f'{where} was {old!r} and is now {new!r}']
 
 
+def read_config(workdir: pathlib.Path) -> tuple[Any, dict[str, str]]:
+  """The config a workdir belongs to, as JSON data, and the SHA-256 of each of its input files.
+
+  Raises:
+    OSError, ValueError: if config.json cannot be read.
+  """
+  values = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
+  if not isinstance(values, dict):
+    return values, {}
+  if _INPUTS not in values and isinstance(values.get('model'), dict):
+    # Before they kept their inputs, workdirs stated a default and used the model's own encoder.
+    if values['model'].get('source') != 'scratch':
+      values['model'].pop('text_encoder', None)
+  inputs = values.pop(_INPUTS, {})
+  return values, inputs
+
+
+def _input_hashes(config: dict[str, Any]) -> dict[str, str]:
+  path = config['data']['pairs']
+  if path in PAIRS_NAMES:
+    return {}
+  try:
+    return {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()}
+  except OSError:
+    # Whoever reads it for its prompts can say better what is wrong with it.
+    return {}
+
+
 def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
   """Makes the directory this config's, or checks that it is.
 
+  Args:
+    workdir: the directory, which need not exist.
+    config: a resolved config as JSON data.
+
   Raises:
-    UserError: if it belongs to a run of another config, or holds other things.
+    UserError: if it holds results of a run of another config or of other prompts, or other things.
   """
   path = workdir / 'config.json'
   config = json.loads(json.dumps(config))
+  inputs = _input_hashes(config)
   if path.is_file():
     try:
-      old = json.loads(path.read_text(encoding='utf-8'))
+      old, old_inputs = read_config(workdir)
     except ValueError as error:
       raise UserError(f'{path} is damaged ({error}): choose another --workdir.') from error
-    changed = _differences(old, config)
-    if changed:
-      raise UserError(
-        f'{workdir} belongs to a run of another config ({"; ".join(changed[:3])}): choose another '
-        '--workdir, or go back to that config to continue it.'
-      )
-    return
-  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    if any((workdir / name).exists() for name in _RESULTS):
+      _check_same(workdir, old, config, old_inputs, inputs)
+      return
+  elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
     raise UserError(
       f'{workdir} is not empty and holds no run (config.json is missing): choose another --workdir.'
     )
-  replace_file(path, (json.dumps(config, indent=2) + '\n').encode())
+  replace_file(path, (json.dumps({**config, _INPUTS: inputs}, indent=2) + '\n').encode())
+
+
+def _check_same(
+  workdir: pathlib.Path,
+  old: Any,
+  new: dict[str, Any],
+  old_inputs: dict[str, str],
+  new_inputs: dict[str, str],
+) -> None:
+  """Raises UserError if a config or its input files are not those that a workdir belongs to."""
+  changed = _differences(_as_resolved(old, new), new)
+  if changed:
+    raise UserError(
+      f'{workdir} belongs to a run of another config ({"; ".join(changed[:3])}): choose another '
+      '--workdir, or go back to that config to continue it.'
+    )
+  for path, digest in new_inputs.items():
+    if old_inputs.get(path, digest) != digest:
+      raise UserError(
+        f'{path} has changed since the run in {workdir} began: choose another --workdir, or put '
+        'the old file back to continue it.'
+      )
+
+
+def _as_resolved(old: Any, new: dict[str, Any]) -> Any:
+  """A config as workdirs used to keep it, as they do now: paths absolute, text encoder named."""
+  if not isinstance(old, dict):
+    return old
+  old = dict(old)
+  for section, key, names in (('model', 'source', MODEL_NAMES), ('data', 'pairs', PAIRS_NAMES)):
+    if isinstance(old.get(section), dict) and isinstance(old[section].get(key), str):
+      old[section] = {**old[section], key: absolute(old[section][key], names)}
+  if isinstance(old.get('model'), dict):
+    old['model'] = {'text_encoder': new['model']['text_encoder'], **old['model']}
+  return old
 
 
 def save_evaluation(workdir: pathlib.Path, label: str, evaluation: Evaluation) -> None:

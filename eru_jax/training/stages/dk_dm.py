@@ -70,7 +70,10 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
   explicit_rows = experiment.text.index([pair.explicit for pair in pairs])
   anchor_of_pair = np.array([anchors.index(pair.explicit) for pair in pairs], np.int32)
   kept_rows = experiment.text.index(kept)
+  # Guidance leans on the empty prompt at every step, so it is a tenth of what is preserved.
+  preserved = np.append(np.arange(len(kept)), np.full(len(kept) // 9, len(kept) - 1))
   density = flow.TimestepDensity('logit_normal', config.time_mean, config.time_std)
+  cfg_scale = experiment.config.sampling.cfg_scale
   rollout_schedule = flow.timestep_schedule(
     config.rollout_steps, experiment.config.sampling.shift_mu
   )
@@ -88,7 +91,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
     def texts(rows):
       return experiment.text.take(rows)
 
-    pair, rollout, keep = index['pairs'], index['rollouts'], index['preservation']
+    pair, rollout, keep = index['pairs'], index['rollouts'], preserved[index['preservation']]
     return {
       'anchor': anchor_of_pair[pair],
       'implicit': texts(implicit_rows[pair]),
@@ -118,8 +121,9 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
     x_t, t = noised(keys[1:4], frozen, batch['anchor'])
     rolled = batch['rollout implicit']
     noise = jax.random.normal(keys[4], (rolled.tokens.shape[0], *model.latent_shape))
+    guided = flow.classifier_free_guidance(student, experiment.text.null, cfg_scale)
     rolled_x, rolled_t, source = dk_dm.rollout_states(
-      keys[5], student, noise, rollout_schedule, rolled, config.states_per_rollout
+      keys[5], guided, noise, rollout_schedule, rolled, config.states_per_rollout
     )
     rolled_implicit, rolled_explicit = unstacked((rolled, batch['rollout explicit']), source)
     kept_x, kept_t = noised(keys[6:9], frozen, batch['kept picture'])
@@ -142,7 +146,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
       {
         'pairs': (len(pairs), config.teacher_batch),
         'rollouts': (len(pairs), config.rollouts),
-        'preservation': (len(kept), config.preservation_batch),
+        'preservation': (len(preserved), config.preservation_batch),
       },
       experiment.config.seed,
     ),

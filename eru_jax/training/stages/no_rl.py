@@ -67,7 +67,8 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     """Pictures of the rollout policy and how right they are."""
     noise = jax.random.normal(key, (batch['answer'].shape[0], *model.latent_shape))
     velocity_fn = model.velocity(frozen['backbone'], policy)
-    x_0 = model.sample(velocity_fn, noise, batch['text'], schedule)
+    null, cfg_scale = experiment.text.null, experiment.config.sampling.cfg_scale
+    x_0 = model.sample(velocity_fn, noise, batch['text'], schedule, null, cfg_scale)
     images = model.decode(frozen['autoencoder'], x_0)
     score = reward(frozen['reward'], images, batch['answer'])
     r = no_rl.optimality(score, config.reward_low, config.reward_high)
