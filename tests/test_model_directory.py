@@ -94,7 +94,7 @@ def test_the_base_in_the_package():
       assert value.dtype == np.float32 and np.isfinite(value).all(), path
       # Everything is used: no tensor was left as zeros.
       assert value.any() or path.endswith('bias'), path
-  assert model.settings['resolution'] == 64 and model.settings['text_encoder'] == 'minilm'
+  assert model.settings['resolution'] == 64 and model.settings['text_encoder'] == 'minilm_sentence'
   assert 4e6 < sum(value.size for value in flat(model.backbone).values()) < 7e6
 
 
