@@ -133,6 +133,7 @@ def _tiny_config(tiny_model_dir, tiny_pairs):
       rollout_steps=2,
       timesteps_per_image=1,
       updates_per_step=2,
+      text_noise=0.1,
       # The classifier is random, so no reward comes near this: every picture counts as wrong.
       reward_high=0.1,
       optimizer=dict(learning_rate=1e-3),

@@ -104,6 +104,7 @@ OUT_OF_RANGE = {
     ('timesteps_per_image', 0),
     ('updates_per_step', 0),
     ('explicit_share', 1.1),
+    ('text_noise', -0.1),
     ('beta', 0.0),
     ('beta', 1.1),
     ('reference_weight', -1.0),

@@ -373,6 +373,8 @@ class NoRlStageConfig(StageConfig):
     timesteps_per_image: noise levels each rollout is trained at.
     updates_per_step: parameter updates made from one iteration's rollouts.
     explicit_share: share of the prompts that are explicit anchors.
+    text_noise: noise on the prompts' text, relative to its own standard deviation: bad samples are
+      looked for around the prompts, too.
     beta: DiffusionNFT's beta.
     reference_weight: weight of the velocity distance to the stage's start.
     reward_low: score at or below which a picture is certainly wrong.
@@ -390,6 +392,7 @@ class NoRlStageConfig(StageConfig):
   timesteps_per_image: int = 2
   updates_per_step: int = 2
   explicit_share: float = 0.5
+  text_noise: float = 0.0
   beta: float = 1.0
   reference_weight: float = 0.05
   reward_low: float = 0.0
@@ -412,6 +415,7 @@ class NoRlStageConfig(StageConfig):
         'updates_per_step * accumulation',
       ),
       explicit_share=(0 <= self.explicit_share <= 1, 'in [0, 1]'),
+      text_noise=(self.text_noise >= 0, 'zero or more'),
       beta=(0 < self.beta <= 1, 'in (0, 1]'),
       reference_weight=(self.reference_weight >= 0, 'zero or more'),
       reward_high=(self.reward_high > self.reward_low, 'above reward_low'),

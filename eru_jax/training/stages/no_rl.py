@@ -16,6 +16,7 @@ from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
 from eru_jax.training.stages.common import initial_trainable, unstacked
 from eru_jax.training.step import StageProgram
+from eru_jax.training.text_dropout import perturb
 
 
 def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -> Stage:
@@ -65,14 +66,17 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
 
   def prepare(policy, frozen, batch, key):
     """Pictures of the rollout policy and how right they are."""
-    noise = jax.random.normal(key, (batch['answer'].shape[0], *model.latent_shape))
+    noise_key, text_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, (batch['answer'].shape[0], *model.latent_shape))
+    # The picture is learnt from under the very text that it was made of.
+    prompts = perturb(text_key, batch['text'], noise=config.text_noise)
     velocity_fn = model.velocity(frozen['backbone'], policy)
     null, cfg_scale = experiment.text.null, experiment.config.sampling.cfg_scale
-    x_0 = model.sample(velocity_fn, noise, batch['text'], schedule, null, cfg_scale)
+    x_0 = model.sample(velocity_fn, noise, prompts, schedule, null, cfg_scale)
     images = model.decode(frozen['autoencoder'], x_0)
     score = reward(frozen['reward'], images, batch['answer'])
     r = no_rl.optimality(score, config.reward_low, config.reward_high)
-    examples = {'text': batch['text'], 'x_0': x_0, 'r': r}
+    examples = {'text': prompts, 'x_0': x_0, 'r': r}
     return examples, {'reward': jnp.mean(score)}
 
   def loss(params, frozen, examples, key, step):
