@@ -2,8 +2,9 @@
 
     python -m eru_jax.train --config=configs/emoji.py --workdir=runs/emoji
 
-About six minutes on 2 CPU cores; what to expect of it is in docs/benchmarks.md.
-`configs/emoji.py:lora` trains adapters instead of the whole backbone, the way FLUX.1 is fine-tuned.
+About seven minutes on 2 CPU cores; what to expect of it is in docs/benchmarks.md.
+`configs/emoji.py:lora` trains adapters instead of the whole backbone, the way FLUX.1 is fine-tuned;
+its learning rate has not been tuned on this base.
 """
 
 import ml_collections
@@ -21,7 +22,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.wandb_project = ''
   # Unrolled blocks compile longer and step faster on a CPU.
   config.model = dict(source='emoji_base', scan=False)
-  # Half of the facts, so that six minutes on two cores suffice to learn them; 0 takes all 323.
+  # Half of the facts, so that a few minutes on two cores suffice to learn them; 0 takes all 323.
   config.data = dict(pairs='emoji_knowledge', wordings_per_fact=6, max_facts=160)
   # Guidance makes up its mind between two facts whose blend the model would otherwise draw.
   config.sampling = dict(num_steps=8, cfg_scale=3.0)

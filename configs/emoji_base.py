@@ -76,7 +76,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     time_mean=1.0,
     time_std=1.2,
     # Names only, so that implicit prompts are not what the base has seen; the noise widens what a
-    # name stands for, which helps DK-DM to generalise to unseen wordings later.
+    # name stands for.
     text_noise=0.3,
     pooled_only=0.0,
     tokens_only=0.0,
