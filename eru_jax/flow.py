@@ -203,14 +203,14 @@ def sde_step(
   Args:
     x_t: (B, ...) state.
     v: (B, ...) velocity there.
-    t: () time of the state.
-    t_next: () time to go to, below t.
+    t: time of the state, () or anything that broadcasts against it.
+    t_next: time to go to, below t, shaped like t.
     noise_level: a.
     t_clamp: stands in for t in sigma where t = 1, whose noise would be infinite; Flow-GRPO uses
       the schedule's second entry.
 
   Returns:
-    (mean (B, ...), std ()) of x at t_next; std is 0 for the step that ends at 0.
+    (mean (B, ...), std shaped like t) of x at t_next; std is 0 for the step that ends at 0.
   """
   dt = t_next - t
   sigma = noise_level * jnp.sqrt(t / (1 - jnp.where(t >= 1, t_clamp, t)))
@@ -219,6 +219,65 @@ def sde_step(
   variance = jnp.square(sigma)
   mean = x_t * (1 + variance / (2 * t) * dt) + v * (1 + variance * (1 - t) / (2 * t)) * dt
   return mean, sigma * jnp.sqrt(-dt)
+
+
+def cps_step(
+  x_t: jax.Array,
+  v: jax.Array,
+  t: jax.Array,
+  t_next: jax.Array,
+  noise_level: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Mean and standard deviation of one coefficients-preserving step.
+
+  Wang & Yu, Coefficients-Preserving Sampling (arXiv 2509.05952), with Flow-GRPO's angle: of the
+  noise that belongs into x at t_next, the part t_next sin(a pi / 2) is drawn anew and
+  t_next cos(a pi / 2) is the predicted one. So the sample never carries more noise than its time
+  says, which `sde_step` does at finite steps. For data at one point all marginals are exact.
+
+  Args:
+    x_t, v, t, t_next: as in `sde_step`.
+    noise_level: a in [0, 1]; 0 is the Euler step, 1 forgets the noise at every step.
+
+  Returns:
+    (mean (B, ...), std shaped like t) of x at t_next; std is 0 for the step that ends at 0.
+  """
+  angle = noise_level * math.pi / 2
+  predicted_x0, predicted_noise = x_t - t * v, x_t + (1 - t) * v
+  mean = (1 - t_next) * predicted_x0 + t_next * math.cos(angle) * predicted_noise
+  return mean, t_next * math.sin(angle)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamics:
+  """How a sampler injects noise: the Gaussian policy that policy gradients differentiate.
+
+  Attributes:
+    kind: 'sde' (`sde_step`) or 'cps' (`cps_step`).
+    noise_level: a of those; Flow-GRPO uses 0.7 to 0.9 of 'sde' and 0.8 of 'cps'.
+  """
+
+  kind: str = 'sde'
+  noise_level: float = 0.7
+
+  def __post_init__(self):
+    if self.kind not in ('sde', 'cps'):
+      raise UserError(f"Unknown sampler dynamics {self.kind!r}: choose 'sde' or 'cps'.")
+    limit = math.inf if self.kind == 'sde' else 1.0
+    if not (0 <= self.noise_level <= limit and math.isfinite(self.noise_level)):
+      upper = '' if self.kind == 'sde' else ' and at most one'
+      raise UserError(
+        f'The noise level of {self.kind} dynamics is {self.noise_level} but must be zero or more'
+        f'{upper}.'
+      )
+
+  def step(
+    self, x_t: jax.Array, v: jax.Array, t: jax.Array, t_next: jax.Array, t_clamp: jax.Array | float
+  ) -> tuple[jax.Array, jax.Array]:
+    """(mean, std) of x at t_next; arguments as in `sde_step`."""
+    if self.kind == 'sde':
+      return sde_step(x_t, v, t, t_next, self.noise_level, t_clamp)
+    return cps_step(x_t, v, t, t_next, self.noise_level)
 
 
 def gaussian_log_prob(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -236,33 +295,35 @@ def euler_sde(
   conditioning: Conditioning,
   *,
   noise_level: float,
+  dynamics: str = 'sde',
   return_trajectory: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """Euler-Maruyama on the SDE of `sde_step`; noise_level 0 is `euler_ode`.
+  """Euler-Maruyama on the SDE of `sde_step`, or steps of `cps_step`; noise_level 0 is `euler_ode`.
 
-  sigma is singular at t = 1, so the marginals are approached only like N^-min(a^2, 1) in the
-  number of steps N (derived here, for normal data).
+  sigma of the SDE is singular at t = 1, so the marginals are approached only like N^-min(a^2, 1)
+  in the number of steps N (derived here, for normal data).
 
   Args:
     key: randomness.
     velocity_fn, x_T, schedule, conditioning, return_trajectory: as in `euler_ode`.
-    noise_level: a in sigma_t = a sqrt(t / (1 - t)).
+    noise_level: a of `sde_step` or `cps_step`.
+    dynamics: 'sde' or 'cps', see `Dynamics`.
 
   Returns:
     As `euler_ode`.
 
   Raises:
-    UserError: if the noise level is negative, or the schedule no vector of two or more times.
+    UserError: if the noise level is out of range, the dynamics unknown, or the schedule no vector
+      of two or more times.
   """
-  if not 0 <= noise_level < math.inf:
-    raise UserError(f'The SDE noise level is {noise_level} but must be zero or more.')
+  transition = Dynamics(dynamics, noise_level)
   intervals = _steps(schedule)
   t_clamp = schedule[1]
 
   def step(x, inputs):
     t, t_next, key = inputs
     v = velocity_fn(x, jnp.full(x.shape[:1], t, jnp.float32), conditioning)
-    mean, std = sde_step(x, v.astype(jnp.float32), t, t_next, noise_level, t_clamp)
+    mean, std = transition.step(x, v.astype(jnp.float32), t, t_next, t_clamp)
     noise = jax.random.normal(key, x.shape, jnp.float32)
     return mean + std * noise, x if return_trajectory else None
 

@@ -5,6 +5,17 @@ velocity is its own score, so matching the distribution under the implicit promp
 under the explicit one needs no critic; it is velocity matching between one network under two
 prompts. On states of the teacher it bounds the forward path-KL, on states of the student's own
 rollouts the reverse one (Girsanov); v_student(x, t, i) = v_teacher(x, t, e) minimises both.
+
+The variants differ in the states, and all but (c) share one loss:
+
+| variant | states, and what is matched |
+|---|---|
+| (a) off-policy | `teacher_states`; `velocity_matching`, or `flow_matching` on the same samples |
+| (b1) on-policy | `rollout_states` of the student; `velocity_matching` |
+| (b2) on-policy, any t | `renoised_states`; `velocity_matching` |
+| (c) critic | `eru_jax.losses.dmd` |
+| (d) teacher's trajectory | `rollout_states` of the teacher; with `paired_endpoint` if wanted |
+| mixture, the default | `dk_dm_mixture` of (a) and (b1), and `preservation` |
 """
 
 import math
@@ -14,14 +25,13 @@ import jax.numpy as jnp
 
 from eru_jax import flow
 from eru_jax.errors import UserError
-from eru_jax.losses.flow_matching import mean_per_example, weighted_mean
+from eru_jax.losses.flow_matching import frozen_velocity, mean_per_example, weighted_mean
 from eru_jax.types import Conditioning, VelocityFn
 
 
 def _squared_distance(student, teacher, x_t, t, implicit, explicit):
   """|| v_student - sg v_teacher ||^2 per dimension, (B,) float32."""
-  # The two are nearly equal: networks in bfloat16 are subtracted in float32.
-  target = jax.lax.stop_gradient(teacher(x_t, t, explicit)).astype(jnp.float32)
+  target = frozen_velocity(teacher, x_t, t, explicit)
   return mean_per_example(jnp.square(student(x_t, t, implicit).astype(jnp.float32) - target))
 
 
@@ -71,6 +81,79 @@ def preservation(
   return loss, {'preservation': loss}
 
 
+def branchwise_matching(
+  student: VelocityFn,
+  teacher: VelocityFn,
+  x_t: jax.Array,
+  t: jax.Array,
+  implicit: Conditioning,
+  explicit: Conditioning,
+  null: Conditioning,
+  weight: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Matches both branches of classifier-free guidance, each network in one call.
+
+      L = 1/2 E w ( || v_s(i) - sg v_T(e) ||^2 + || v_s(null) - sg v_T(null) ||^2 )
+
+  Where both vanish, v_s(null) + s (v_s(i) - v_s(null)) is the guided teacher for every scale s
+  (derived): the sampler's scale stays free.
+
+  Args:
+    student, teacher, x_t, t, implicit, explicit, weight: as `velocity_matching`.
+    null: the empty prompt, batch size 1, shaped like the prompts otherwise.
+
+  Returns:
+    The loss () float32 and {'velocity_matching': first term, 'null_matching': second}.
+
+  Raises:
+    UserError: if the conditionings do not fit together.
+  """
+  batch = t.shape[0]
+  empty = jax.tree.map(lambda n: jnp.broadcast_to(n, (batch, *n.shape[1:])), null)
+  errors = _squared_distance(
+    student,
+    teacher,
+    jnp.concatenate([x_t, x_t]),
+    jnp.concatenate([t, t]),
+    flow.concatenate_conditionings(implicit, empty),
+    flow.concatenate_conditionings(explicit, empty),
+  )
+  prompted, unprompted = (weighted_mean(part, weight) for part in jnp.split(errors, 2))
+  loss = 0.5 * (prompted + unprompted)
+  return loss, {'velocity_matching': prompted, 'null_matching': unprompted}
+
+
+def baked_guidance_matching(
+  student: VelocityFn,
+  teacher: VelocityFn,
+  x_t: jax.Array,
+  t: jax.Array,
+  implicit: Conditioning,
+  explicit: Conditioning,
+  null: Conditioning,
+  scale: float,
+  weight: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """`velocity_matching` to the guided teacher, v_s(i) -> v_T(null) + s (v_T(e) - v_T(null)).
+
+  The student then draws without guidance what the teacher draws with it, at half the cost; its
+  scale is fixed for good.
+
+  Args:
+    student, teacher, x_t, t, implicit, explicit, weight: as `velocity_matching`.
+    null: the empty prompt, batch size 1, shaped like the prompts otherwise.
+    scale: s, the guidance scale that is baked in.
+
+  Returns:
+    The loss () float32 and {'velocity_matching': loss}.
+
+  Raises:
+    UserError: if the scale is negative, or the conditionings do not fit together.
+  """
+  guided = flow.classifier_free_guidance(teacher, null, scale)
+  return velocity_matching(student, guided, x_t, t, implicit, explicit, weight)
+
+
 def teacher_states(x_0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
   """States of the teacher's law: its own samples x_0 (B, ...), noised to t (B,). No gradient."""
   return jax.lax.stop_gradient(flow.interpolate(x_0, noise, t))
@@ -86,12 +169,14 @@ def rollout_states(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """States the student visits when it draws the implicit prompts itself, without gradient.
 
+  Variant (d) is the same of the teacher under the explicit prompts.
+
   Args:
     key: picks which of the visited states are kept.
-    student: the field that is being trained.
+    student: the field that is being trained (or the teacher).
     noise: (B, ...) start noise.
     schedule: (N + 1,) solver grid from 1 to 0.
-    implicit: prompts of the B rollouts.
+    implicit: prompts of the B rollouts (or the explicit ones).
     states_per_rollout: k <= N states kept of each, without replacement.
 
   Returns:
@@ -119,6 +204,65 @@ def rollout_states(
   x_t = states[step, rollout].reshape(-1, *noise.shape[1:])
   t = schedule[step].reshape(-1)
   return jax.lax.stop_gradient(x_t), t, rollout.reshape(-1)
+
+
+def renoised_states(
+  student: VelocityFn,
+  start_noise: jax.Array,
+  noise: jax.Array,
+  t: jax.Array,
+  schedule: jax.Array,
+  implicit: Conditioning,
+) -> jax.Array:
+  """States of the student's law at any time: its finished samples, noised anew. No gradient.
+
+  Args:
+    student: the field that is being trained.
+    start_noise: (B, ...) what the samples are drawn from.
+    noise: (B, ...) what they are noised with.
+    t: (B,) times.
+    schedule: (N + 1,) solver grid from 1 to 0.
+    implicit: prompts of the samples.
+
+  Returns:
+    x_t (B, ...) float32.
+  """
+
+  def frozen(x_t, t, conditioning):
+    # Stopped at every step, as in `rollout_states`.
+    return jax.lax.stop_gradient(student(x_t, t, conditioning))
+
+  return teacher_states(flow.euler_ode(frozen, start_noise, schedule, implicit), noise, t)
+
+
+def paired_endpoint(
+  student: VelocityFn,
+  noise: jax.Array,
+  x_0: jax.Array,
+  schedule: jax.Array,
+  implicit: Conditioning,
+  weight: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """E w || ODE_student(z, i) - x_0 ||^2: the same noise must become the teacher's picture.
+
+  The gradient runs through the whole sampler; activations are computed again on the way back, so
+  memory grows with the states alone.
+
+  Args:
+    student: the field to train.
+    noise: (B, ...) the z that x_0 was drawn from.
+    x_0: (B, ...) the teacher's samples under the explicit prompts; no gradient.
+    schedule: (N + 1,) solver grid from 1 to 0.
+    implicit: what the student sees.
+    weight: (B,) weights, or None.
+
+  Returns:
+    The loss () float32 and {'paired_endpoint': loss}.
+  """
+  drawn = flow.euler_ode(jax.checkpoint(student), noise, schedule, implicit)
+  error = jnp.square(drawn - jax.lax.stop_gradient(x_0).astype(jnp.float32))
+  loss = weighted_mean(mean_per_example(error), weight)
+  return loss, {'paired_endpoint': loss}
 
 
 def mixture_schedule(

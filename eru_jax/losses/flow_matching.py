@@ -17,6 +17,17 @@ def weighted_mean(values: jax.Array, weight: jax.Array | None) -> jax.Array:
   return jnp.mean(values if weight is None else weight * values)
 
 
+def frozen_velocity(
+  velocity_fn: VelocityFn, x_t: jax.Array, t: jax.Array, conditioning: Conditioning
+) -> jax.Array:
+  """What a network that is not trained says, (B, ...) float32, without gradient.
+
+  Two nearly equal fields are subtracted from each other in most losses: float32 whatever they
+  compute in.
+  """
+  return jax.lax.stop_gradient(velocity_fn(x_t, t, conditioning)).astype(jnp.float32)
+
+
 def flow_matching(
   velocity_fn: VelocityFn,
   x_0: jax.Array,

@@ -1,42 +1,32 @@
 """NO-RL: corrects a model from its bad samples only.
 
-EruDiff's code and equations are not public. This is a reconstruction (variant N1): DiffusionNFT
-(Zheng et al., arXiv 2509.16117) with the optimality probability clipped at one half, one adaptive
-weight shared by both of its branches, and a velocity distance to the model the stage began with.
+EruDiff's code and equations are not public. `no_rl`, the default, is a reconstruction (variant N1):
+DiffusionNFT with the optimality probability clipped at one half, one adaptive weight shared by both
+of its branches, and a velocity distance to the model the stage began with. Its alternatives:
+
+| variant | call |
+|---|---|
+| N1 | `no_rl` |
+| N2, negative branch and an anchor | `anchored_negatives` |
+| N3, policy gradient | `policy_gradient.policy_gradient` on `scale_positives(A, 0 or 0.1)` |
+| N4, advantage weighted matching | `policy_gradient.advantage_weighted_matching`, likewise |
+| N5, bounded unlearning | `bounded_unlearning` |
+| full DiffusionNFT, positive-only | `nft.nft` |
+| controls that collapse | `repulsion` (N0), `negatives_subset` |
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 from eru_jax import flow
 from eru_jax.errors import UserError
-from eru_jax.losses.flow_matching import mean_per_example
+from eru_jax.losses.advantages import negative_part as negative_part
+from eru_jax.losses.advantages import optimality as optimality
+from eru_jax.losses.flow_matching import frozen_velocity, mean_per_example, weighted_mean
+from eru_jax.losses.nft import adaptive_weight, check_weights, diagnostics, nft
 from eru_jax.types import Conditioning, VelocityFn
-
-# Floor of the adaptive weight, as in DiffusionNFT's code.
-_WEIGHT_FLOOR = 1e-5
-
-
-def optimality(score: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
-  """The probability that a sample is right: its absolute score, mapped from [low, high] to [0, 1].
-
-  Args:
-    score: any shape.
-    low: score of a picture that is certainly wrong, e.g. the base's mean under the superficial
-      prompt; a number, or an array that broadcasts against score (one per prompt).
-    high: likewise of one that is certainly right, e.g. under the explicit prompt.
-
-  Raises:
-    UserError: if high is a number not above low. (Arrays are not looked into.)
-  """
-  if isinstance(low, int | float) and isinstance(high, int | float) and not high > low:
-    raise UserError(f'optimality needs high > low, got low = {low} and high = {high}.')
-  return jnp.clip((score - low) / (high - low), 0, 1)
-
-
-def negative_part(r: jax.Array) -> jax.Array:
-  """n = max(1 - 2 r, 0): how wrong a sample of optimality r is. Zero from one half upwards."""
-  return jnp.maximum(1 - 2 * r, 0)
 
 
 def no_rl(
@@ -51,6 +41,7 @@ def no_rl(
   *,
   beta: float = 1.0,
   reference_weight: float = 0.05,
+  weight: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Negative-only DiffusionNFT with a shared weight, variant N1 (reconstruction).
 
@@ -59,17 +50,10 @@ def no_rl(
       v_target = v_old - (n / beta) (v - v_old),   n = max(1 - 2 r, 0),   v = noise - x_0
       w = sg mean abs( x0_hat(v_old) - x_0 )
 
-  It equals DiffusionNFT's two-branch loss with r~ = min(r, 1/2) and the weight w in both branches,
-  up to a constant, its A_max left out. For with d = v_student - v_old and u = v - v_old its
-  branches miss v by beta d - u and -(beta d + u), so that
-
-      r~ ||beta d - u||^2 + (1 - r~) ||beta d + u||^2
-        = beta^2 || d - ((2 r~ - 1) / beta) u ||^2 + ||u||^2 (1 - (2 r~ - 1)^2)
-
-  with 2 r~ - 1 = -n, and the factor 1 / beta before it leaves the beta above. On-policy, and with
-  expectations weighted by 1 / w, the minimiser is v_old - Cov(n, v | x_t) / beta. All samples stay
-  in the batch: those that are not negative (n = 0) are anchors that hold the student at the old
-  policy. Dropping them instead over-pushes and collapses.
+  It is `nft` with mode 'negative_only', where the derivation is. On-policy, and with expectations
+  weighted by 1 / w, the minimiser is v_old - Cov(n, v | x_t) / beta. All samples stay in the batch:
+  those that are not negative (n = 0) are anchors that hold the student at the old policy. Dropping
+  them instead over-pushes and collapses (`negatives_subset`).
 
   Args:
     student: the field to train.
@@ -83,6 +67,7 @@ def no_rl(
     r: (B,) optimality probabilities in [0, 1].
     beta: step of the implicit branches, in (0, 1].
     reference_weight: weight of the distance to the reference.
+    weight: (B,) weights of the examples, or None.
 
   Returns:
     The loss () float32 and `negative_fraction`, `optimality`, `old_deviation` (mean squared
@@ -91,28 +76,166 @@ def no_rl(
   Raises:
     UserError: if beta or reference_weight is out of range.
   """
-  if not 0 < beta <= 1:
-    raise UserError(f'NO-RL: beta is {beta} but must be in (0, 1].')
-  if not reference_weight >= 0:
-    raise UserError(f'NO-RL: reference_weight is {reference_weight} but must be zero or more.')
-  x_t = flow.interpolate(x_0, noise, t)
-  v = flow.velocity(x_0, noise)
-  v_old = jax.lax.stop_gradient(old(x_t, t, conditioning)).astype(jnp.float32)
-  v_reference = jax.lax.stop_gradient(reference(x_t, t, conditioning)).astype(jnp.float32)
-  v_student = student(x_t, t, conditioning).astype(jnp.float32)
+  return nft(
+    student,
+    old,
+    reference,
+    x_0,
+    noise,
+    t,
+    conditioning,
+    r,
+    mode='negative_only',
+    beta=beta,
+    reference_weight=reference_weight,
+    weight=weight,
+  )
 
+
+def anchored_negatives(
+  student: VelocityFn,
+  old: VelocityFn,
+  reference: VelocityFn,
+  x_0: jax.Array,
+  noise: jax.Array,
+  t: jax.Array,
+  conditioning: Conditioning,
+  r: jax.Array,
+  *,
+  beta: float = 1.0,
+  reference_weight: float = 0.0,
+  weight: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Negative branch on what is wrong, old policy on what is not: variant N2 (reconstruction).
+
+      L = E n l- / beta + 1[n = 0] mean( v_student - v_old )^2
+      l- = mean( x0_hat(v-) - x_0 )^2 / w,   v- = (1 + beta) v_old - beta v_student
+
+  with n and w as in `no_rl`. For n in {0, 1} it differs from N1 only in how an anchor is weighed:
+  velocities, so all times alike, in place of beta t^2 / w.
+
+  Args, Returns, Raises: as `no_rl`.
+  """
+  check_weights(beta, reference_weight)
+  x_t = flow.interpolate(x_0, noise, t)
+  v_old = frozen_velocity(old, x_t, t, conditioning)
+  v_reference = frozen_velocity(reference, x_t, t, conditioning)
+  v_student = student(x_t, t, conditioning).astype(jnp.float32)
   n = negative_part(r)
-  v_target = v_old - flow.expand(n / beta, v) * (v - v_old)
-  weight = mean_per_example(jnp.abs(flow.predict_x0(x_t, v_old, t) - x_0))
-  weight = jnp.maximum(weight, _WEIGHT_FLOOR)
-  # x0_hat is linear in the velocity with slope -t.
-  distance = jnp.square(t) * mean_per_example(jnp.square(v_student - v_target))
-  policy = jnp.mean(beta / weight * distance)
+  minus = (1 + beta) * v_old - beta * v_student
+  error = mean_per_example(jnp.square(flow.predict_x0(x_t, minus, t) - x_0))
+  negative = error / adaptive_weight(x_t, v_old, t, x_0) / beta
+  anchor = mean_per_example(jnp.square(v_student - v_old))
   to_reference = jnp.mean(jnp.square(v_student - v_reference))
-  loss = policy + reference_weight * to_reference
-  return loss, {
-    'negative_fraction': jnp.mean((n > 0).astype(jnp.float32)),
-    'optimality': jnp.mean(r),
-    'old_deviation': jnp.mean(jnp.square(v_student - v_old)),
-    'reference_distance': to_reference,
-  }
+  policy = weighted_mean(jnp.where(n > 0, n * negative, anchor), weight)
+  return policy + reference_weight * to_reference, diagnostics(r, v_student, v_old, to_reference)
+
+
+def bounded_unlearning(
+  student: VelocityFn,
+  reference: VelocityFn,
+  x_0: jax.Array,
+  noise: jax.Array,
+  t: jax.Array,
+  conditioning: Conditioning,
+  r: jax.Array,
+  *,
+  sharpness: float = 1.0,
+  reference_weight: float = 0.0,
+  weight: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Repels bad samples until they fit worse than under the reference: variant N5.
+
+      L = -E (2 / k) n log sigmoid( k ( mean(v_student - v)^2 - mean(v_reference - v)^2 ) )
+
+  Negative preference optimisation (Zhang et al., arXiv 2404.05868) with the flow-matching error for
+  the negative log-likelihood. At the reference its gradient is that of n times `repulsion`; it
+  fades once the student's error exceeds the reference's by about 1 / k, so that nothing is gained
+  by running away.
+
+  Args:
+    student, reference, x_0, noise, t, conditioning, r, reference_weight, weight: as `no_rl`.
+    sharpness: k, in units of one over a squared velocity per dimension.
+
+  Returns:
+    The loss () float32 and the entries of `no_rl`, with the reference as the old policy.
+
+  Raises:
+    UserError: if sharpness is not positive or reference_weight negative.
+  """
+  if not 0 < sharpness < math.inf:
+    raise UserError(f'bounded_unlearning: sharpness is {sharpness} but must be positive.')
+  check_weights(1.0, reference_weight)
+  x_t, v = flow.interpolate(x_0, noise, t), flow.velocity(x_0, noise)
+  v_reference = frozen_velocity(reference, x_t, t, conditioning)
+  v_student = student(x_t, t, conditioning).astype(jnp.float32)
+  error = lambda guess: mean_per_example(jnp.square(guess - v))  # noqa: E731
+  margin = error(v_student) - error(v_reference)
+  policy = -2 / sharpness * negative_part(r) * jax.nn.log_sigmoid(sharpness * margin)
+  to_reference = jnp.mean(jnp.square(v_student - v_reference))
+  loss = weighted_mean(policy, weight) + reference_weight * to_reference
+  return loss, diagnostics(r, v_student, v_reference, to_reference)
+
+
+def repulsion(
+  student: VelocityFn,
+  x_0: jax.Array,
+  noise: jax.Array,
+  t: jax.Array,
+  conditioning: Conditioning,
+  r: jax.Array,
+  weight: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Control N0: ascends the flow-matching error of bad samples, -E n mean( v_student - v )^2.
+
+  Has no lower bound. It is here to be compared with, not to be used.
+
+  Args:
+    student, x_0, noise, t, conditioning, r, weight: as `no_rl`.
+
+  Returns:
+    The loss () float32 and {'repulsion': loss}.
+  """
+  x_t, v = flow.interpolate(x_0, noise, t), flow.velocity(x_0, noise)
+  error = mean_per_example(jnp.square(student(x_t, t, conditioning).astype(jnp.float32) - v))
+  loss = -weighted_mean(negative_part(r) * error, weight)
+  return loss, {'repulsion': loss}
+
+
+def negatives_subset(
+  student: VelocityFn,
+  old: VelocityFn,
+  reference: VelocityFn,
+  x_0: jax.Array,
+  noise: jax.Array,
+  t: jax.Array,
+  conditioning: Conditioning,
+  r: jax.Array,
+  *,
+  beta: float = 1.0,
+  reference_weight: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Control: `no_rl` on a batch from which everything that is not bad was dropped.
+
+  What the code of negative sample reinforcement for language models does. In a regression the
+  minimiser then is v_old - (E[v | x_t, bad] - v_old) / beta where n = 1: without the factor
+  P(bad | x_t), it pushes as hard where nearly everything is good. The mean is over the bad ones.
+
+  Args, Returns, Raises: as `no_rl`.
+  """
+  bad = (negative_part(r) > 0).astype(jnp.float32)
+  # A batch without bad samples has no gradient but that of the reference.
+  weight = bad / jnp.maximum(jnp.mean(bad), 1 / bad.shape[0])
+  return no_rl(
+    student,
+    old,
+    reference,
+    x_0,
+    noise,
+    t,
+    conditioning,
+    r,
+    beta=beta,
+    reference_weight=reference_weight,
+    weight=weight,
+  )
