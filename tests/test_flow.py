@@ -254,6 +254,50 @@ def test_sde_without_noise_is_the_ode_and_its_noise_is_reproducible():
   assert jnp.abs(run(key, 0.7) - run(jax.random.key(6), 0.7)).min() > 0
 
 
+@pytest.mark.parametrize('noise_level', [0.3, 0.8, 1.0])
+def test_cps_is_exact_for_data_at_one_point_where_the_sde_is_too_noisy(noise_level):
+  """x_t must be normal around (1 - t) MEAN with standard deviation t, at any number of steps."""
+  samples, schedule = 20000, flow.timestep_schedule(5, 0.5)
+  noise = jax.random.normal(jax.random.key(0), (samples, 1))
+
+  def point(x, t, c):
+    # x_0 is known, so the velocity is (x_t - x_0) / t.
+    return (x - MEAN) / flow.expand(t, x)
+
+  def spread(dynamics):
+    x_0, states = flow.euler_sde(
+      jax.random.key(1),
+      point,
+      noise,
+      schedule,
+      NOTHING,
+      noise_level=noise_level,
+      dynamics=dynamics,
+      return_trajectory=True,
+    )
+    np.testing.assert_allclose(x_0, MEAN, atol=1e-5)
+    times = np.asarray(schedule[:-1])
+    for x, t in zip(states, times, strict=True):
+      assert abs(x.mean() - (1 - t) * MEAN) < 5 * 1.5 * t / samples**0.5
+    return np.asarray(states).std((1, 2)) / times
+
+  assert np.all(np.abs(spread('cps') - 1) < 5 * (1 / (2 * samples)) ** 0.5)
+  assert spread('sde')[1:].max() > 1.03
+
+
+def test_cps_without_noise_is_an_euler_step_and_with_all_forgets_it():
+  x, v, _ = _pair()
+  t, t_next = jnp.float32(0.7), jnp.float32(0.4)
+  mean, std = flow.cps_step(x, v, t, t_next, 0.0)
+  assert std == 0
+  np.testing.assert_allclose(mean, x + (t_next - t) * v, atol=1e-5)
+  mean, std = flow.cps_step(x, v, t, t_next, 1.0)
+  np.testing.assert_allclose(std, t_next, rtol=1e-6)
+  np.testing.assert_allclose(mean, (1 - t_next) * (x - t * v), atol=1e-5)
+  _, last = flow.cps_step(x, v, t, jnp.float32(0), 0.8)
+  assert last == 0
+
+
 def test_log_prob_is_the_mean_over_dimensions():
   scipy_stats = pytest.importorskip('scipy.stats')
   x, mean, _ = _pair()
@@ -364,6 +408,15 @@ def test_mistakes_are_user_errors():
     ),
     lambda: flow.euler_sde(
       jax.random.key(0), _gaussian_velocity, x_t, schedule, NOTHING, noise_level=-0.1
+    ),
+    lambda: flow.euler_sde(
+      jax.random.key(0),
+      _gaussian_velocity,
+      x_t,
+      schedule,
+      NOTHING,
+      noise_level=0.1,
+      dynamics='heun',
     ),
     lambda: flow.classifier_free_guidance(_prompted_velocity, _conditioning(1), -1.0),
     lambda: flow.classifier_free_guidance(_prompted_velocity, _conditioning(1, length=3), 2.0)(
