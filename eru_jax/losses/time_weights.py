@@ -17,9 +17,12 @@ def path_kl(t: jax.Array, noise_level: float = math.sqrt(2), t_min: float = 0.02
       KL(path_s || path_T) = int_0^1 E w(t) ||v_s - v_T||^2 dt,   x_t ~ the student's path
       w(t) = 1/2 (1 / sigma_t + sigma_t (1 - t) / (2 t))^2 = 1/2 (1/a + a/2)^2 (1 - t) / t
 
-  for sigma_t = a sqrt(t / (1 - t)). The noise level changes its size but not its shape; a = sqrt 2
-  makes it smallest, (1 - t) / t, and so the bound on the pictures' KL tightest. In the squared
-  *sum* over dimensions it counts nats: times the number of dimensions for this library's means.
+  for sigma_t = a sqrt(t / (1 - t)). It bounds the KL of the pictures; the noise level changes its
+  size but not its shape. a = sqrt 2 makes it smallest, (1 - t) / t, and the bound an equality: that
+  SDE is the time reversal of one noising x_0 -> x_t that does not depend on the data, so that the
+  paths differ by what their ends differ by (Song et al., arXiv 2101.09258, for diffusions; for
+  velocities that really are those of their samples' law). With the squared *sum* over dimensions
+  it counts nats; this library's losses are means over dimensions.
 
   Args:
     t: (B,) times.
