@@ -1,0 +1,132 @@
+"""The toy laboratory: its world against closed forms, and the statements it stands for."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eru_jax import flow
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
+
+
+@pytest.fixture(scope='module')
+def benchmarks():
+  """Makes the benchmark's modules importable, as running it does."""
+  sys.path.insert(0, str(BENCHMARKS))
+  yield
+  sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope='module')
+def results(benchmarks):
+  """One seed of the statements' variants, with a third of the steps."""
+  import toy
+  import toy_variants
+
+  budget = toy_variants.Budget(pretraining=2000, dk_dm=(400, 200), no_rl=(60, 30), samples=500)
+  dk_dm, no_rl = ('a', 'b1', 'd', 'mix'), ('N1', 'negatives subset', 'N0')
+  return toy.laboratory(1, budget, (dk_dm, no_rl, ()))
+
+
+def test_prompts_are_as_right_as_they_claim(benchmarks):
+  """The data's shares, and the exact field's samples against them."""
+  import toy_world as world
+
+  assert np.allclose(world.WEIGHTS.sum(1), 1)
+  for k in range(world.CONCEPTS):
+    # A neighbour's answers and the superficial one are never right by accident.
+    wrong = jnp.asarray(np.delete(world.CENTRES, [2 * k, 2 * k + 1], axis=0), jnp.float32)
+    assert not jnp.any(world.shown(wrong, jnp.full(len(wrong), k)))
+    right = jnp.asarray(world.RIGHT[k], jnp.float32)
+    np.testing.assert_array_equal(world.shown(right, jnp.full(2, k)), np.eye(2))
+  scores = jax.jit(lambda key: world.evaluate(world.exact_velocity, key, 1000))(jax.random.key(0))
+  # Five standard errors, and two points for ten solver steps.
+  for name, share in (('correct', 0.1), ('explicit', 0.82)):
+    error = 5 * (share * (1 - share) / 6000) ** 0.5 + 0.02
+    assert abs(scores[name] - share) < error
+  assert scores['worst'] <= scores['correct'] and 0.5 < scores['balance'] <= 1
+
+
+def test_exact_velocity_is_the_conditional_mean(benchmarks):
+  """At t = 1 it is E[noise - x_0 | noise] = noise - mean; elsewhere its score is that of p_t."""
+  import toy_world as world
+
+  prompt = jnp.arange(world.PROMPTS)
+  x = jax.random.normal(jax.random.key(0), (world.PROMPTS, 2))
+  c = world.conditioning(prompt)
+  np.testing.assert_allclose(
+    world.exact_velocity(x, jnp.ones(world.PROMPTS), c),
+    x - world.WEIGHTS @ world.CENTRES,
+    atol=1e-4,
+  )
+
+  def log_density(x, time, weights):
+    variance = (1 - time) ** 2 * world.STD**2 + time**2
+    away = x - (1 - time) * world.CENTRES
+    return jax.nn.logsumexp(jnp.log(weights) - jnp.sum(away**2, -1) / (2 * variance))
+
+  for time in (0.3, 0.8):
+    t = jnp.full(world.PROMPTS, time)
+    expected = jax.vmap(jax.grad(log_density), (0, None, 0))(x, time, jnp.asarray(world.WEIGHTS))
+    found = flow.score(x, world.exact_velocity(x, t, c), t)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_measures_of_a_field_that_draws_two_concepts_only(benchmarks):
+  """Concept 0 always its first mode, concept 1 the mode on the noise's side, others the origin."""
+  import toy_world as world
+
+  right = jnp.asarray(world.RIGHT, jnp.float32)
+  across = right[1, 1] - right[1, 0]
+
+  def field(x, t, c):
+    # Straight lines: a side of concept 1's axis is never left, since its modes lie on either side.
+    concept = (jnp.argmax(c.tokens[:, 0], -1) % world.CONCEPTS)[:, None]
+    sided = jnp.where((x @ across > 0)[:, None], right[1, 1], right[1, 0])
+    goal = jnp.where(concept == 0, right[0, 0], jnp.where(concept == 1, sided, 0.0))
+    return (x - goal) / t[:, None]
+
+  scores = jax.jit(lambda key: world.evaluate(field, key, 1000))(jax.random.key(0))
+  for name in ('correct', 'explicit'):
+    np.testing.assert_allclose(scores[name], 2 / 6, atol=1e-6)
+  # One concept in balance, up to five standard errors of a fair coin.
+  assert scores['worst'] == 0 and 0.7 / 6 < scores['balance'] <= 1 / 6
+
+
+def test_dk_dm_reaches_the_explicit_ceiling(results):
+  """Of the base, in every variant without critic; it was nowhere near."""
+  base = results['base']['end']
+  ceiling = base['explicit'][0]
+  assert base['correct'][0] < 0.15 and ceiling > 0.6
+  for name in ('a', 'b1', 'd', 'mix'):
+    scores = results[name]['end']
+    assert abs(scores['correct'][0] - ceiling) < 0.06, name
+    assert abs(scores['explicit'][0] - ceiling) < 0.06, name
+
+
+def test_n1_passes_the_ceiling_and_controls_collapse(results):
+  start = results['mix']['end']
+  n1 = results['N1']['end']
+  assert n1['correct'][0] > start['correct'][0] + 0.08
+  assert n1['worst'][0] > start['worst'][0] + 0.05
+  assert n1['explicit'][0] > start['explicit'][0]
+  assert results['N0']['end']['correct'][0] < 0.2
+  assert results['negatives subset']['end']['correct'][0] < n1['correct'][0] - 0.1
+
+
+def test_summary_and_table(results):
+  import toy
+  import toy_variants
+
+  summary = toy.summarise({k: [0.2, 0.4] for k in ('correct', 'worst', 'balance', 'explicit')})
+  assert summary['correct'] == 0.3 and summary['sd'] == 0.1414 and summary['lowest_seed'] == 0.2
+  assert json.loads(json.dumps(summary)) == summary
+  lines = toy.table(results, toy_variants.Budget()).splitlines()
+  # Two lines a variant, one for the base, two of head.
+  assert len(lines) == 2 + 1 + 2 * 7
+  assert all(line.count('|') == 8 for line in lines)
