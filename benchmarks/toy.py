@@ -165,14 +165,12 @@ def main(argv):
   sys.path.insert(0, str(pathlib.Path(__file__).parent))
   import toy_variants
 
-  from eru_jax.errors import UserError
-
   dk_dm = [*toy_variants.DK_DM, *toy_variants.DMD]
   no_rl, from_base = list(toy_variants.NO_RL), list(toy_variants.FROM_BASE)
   if _VARIANTS.value:
     unknown = set(_VARIANTS.value) - set(dk_dm) - set(no_rl)
     if unknown:
-      raise UserError(f'No variant is called {sorted(unknown)}; there are {dk_dm + no_rl}.')
+      raise app.UsageError(f'No variant is called {sorted(unknown)}; there are {dk_dm + no_rl}.')
     dk_dm, no_rl = ([n for n in names if n in _VARIANTS.value] for names in (dk_dm, no_rl))
     from_base = []
   budget = toy_variants.Budget()

@@ -30,13 +30,14 @@ class Budget:
   """
 
   pretraining: int = 5000
-  dk_dm: tuple[int, int] = (1500, 300)
+  dk_dm: tuple[int, int] = (1000, 300)
   no_rl: tuple[int, int] = (300, 60)
   samples: int = 1000
 
 
 PRETRAINING_BATCH, BATCH, PRESERVED = 512, 192, 64
 ROLLOUTS, STATES_PER_ROLLOUT = 48, 4
+GENERATED = 96
 TEACHER_SAMPLES = 2048
 IMAGES_PER_PROMPT, UPDATES_PER_EPOCH, TRANSITIONS = 96, 2, 2
 LEARNING_RATE, NO_RL_LEARNING_RATE = 1e-3, 1e-4
@@ -181,8 +182,8 @@ def _preservation(params, teacher, key):
 def _matching(source, weight=None):
   """Velocity matching on a source of states, and preservation."""
 
-  def loss(params, teacher, key, progress):
-    del progress
+  def loss(params, teacher, key, step, last):
+    del step, last
     state_key, kept_key = jax.random.split(key)
     x_t, t, concept = source(state_key, params, teacher)
     fields = world.velocity(params), world.velocity(teacher['params'])
@@ -193,16 +194,16 @@ def _matching(source, weight=None):
   return loss
 
 
-def _self_distillation(params, teacher, key, progress):
+def _self_distillation(params, teacher, key, step, last):
   """(a) with the path's velocity as target: flow matching on the teacher's samples."""
-  del progress
+  del step, last
   state_key, kept_key = jax.random.split(key)
   _, x_0, noise, t, concept = _teacher_batch(state_key, teacher)
   matched, _ = flow_matching(world.velocity(params), x_0, noise, t, _prompts(concept)[0])
   return matched + _preservation(params, teacher, kept_key)
 
 
-def _with_endpoint(params, teacher, key, progress):
+def _with_endpoint(params, teacher, key, step, last):
   """(d) with the paired endpoint."""
   state_key, pair_key = jax.random.split(key)
   start, x_0, _, _, concept = _teacher_batch(pair_key, teacher)
@@ -210,16 +211,16 @@ def _with_endpoint(params, teacher, key, progress):
   endpoint, _ = dk_dm.paired_endpoint(
     world.velocity(params), start[:ROLLOUTS], x_0[:ROLLOUTS], world.schedule(), implicit
   )
-  return _matching(_teacher_trajectory)(params, teacher, state_key, progress) + endpoint
+  return _matching(_teacher_trajectory)(params, teacher, state_key, step, last) + endpoint
 
 
-def _mixture(params, teacher, key, progress):
+def _mixture(params, teacher, key, step, last):
   keys = jax.random.split(key, 3)
   groups = []
   for source, k in ((_off_policy, keys[0]), (_on_policy, keys[1])):
     x_t, t, concept = source(k, params, teacher)
     groups.append((x_t, t, *_prompts(concept)))
-  mixture = dk_dm.mixture_schedule(progress, 1)
+  mixture = dk_dm.mixture_schedule(step, last)
   return dk_dm.dk_dm_mixture(
     world.velocity(params),
     world.velocity(teacher['params']),
@@ -248,7 +249,7 @@ def _matching_update(loss, teacher, last):
   optimizer = _optimizer(LEARNING_RATE)
 
   def update(state, step, key):
-    run = lambda p: loss(p, teacher, key, step / last)  # noqa: E731
+    run = lambda p: loss(p, teacher, key, step, last)  # noqa: E731
     params, opt_state = _descend(optimizer, run, state['params'], state['opt'])
     return {'params': params, 'opt': opt_state}
 
@@ -262,8 +263,8 @@ def _critic_update(ratio, teacher):
 
   def generate(params, key):
     concept_key, noise_key, key = jax.random.split(key, 3)
-    implicit, explicit = _prompts(_concepts(concept_key, BATCH))
-    noise = jax.random.normal(noise_key, (BATCH, 2))
+    implicit, explicit = _prompts(_concepts(concept_key, GENERATED))
+    noise = jax.random.normal(noise_key, (GENERATED, 2))
     drawn = dmd.backward_simulation(key, world.velocity(params), noise, world.schedule(), implicit)
     return drawn, implicit, explicit
 
@@ -274,7 +275,7 @@ def _critic_update(ratio, teacher):
     def learn(carry, key):
       sample_key, noise_key = jax.random.split(key)
       x_0, implicit, _ = generate(state['params'], sample_key)
-      noise, t = _noise_and_time(noise_key, BATCH)
+      noise, t = _noise_and_time(noise_key, GENERATED)
 
       def loss(critic):
         return dmd.critic_matching(world.velocity(critic), x_0, noise, t, implicit)[0]
@@ -288,7 +289,7 @@ def _critic_update(ratio, teacher):
     def loss(params):
       x_0, implicit, explicit = generate(params, sample_key)
       fields = world.velocity(base), world.velocity(critic)
-      noise, t = _noise_and_time(noise_key, BATCH)
+      noise, t = _noise_and_time(noise_key, GENERATED)
       matched, _ = dmd.distribution_matching(*fields, x_0, noise, t, implicit, explicit)
       return matched + _preservation(params, teacher, kept_key)
 
@@ -446,14 +447,7 @@ NO_RL = {
   'negatives subset, KL 0.05': _on_negatives(no_rl.negatives_subset, reference_weight=0.05),
   'N0': NoRl(_repulsion),
 }
-FROM_BASE = (
-  'full NFT',
-  'positive-only NFT',
-  'rejection sampling (RFT)',
-  'negative-only, absolute r',
-  'N1',
-  'N2',
-)
+FROM_BASE = ('full NFT', 'positive-only NFT', 'negative-only, absolute r', 'N1')
 
 
 def _collect(variant, old, key):
