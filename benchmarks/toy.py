@@ -2,7 +2,7 @@
 
     python benchmarks/toy.py                    # 5 seeds, writes benchmarks/results/toy
     python benchmarks/toy.py --quick            # 1 seed
-    python benchmarks/toy.py --variants='a,mix,N1' --output=/tmp/toy
+    python benchmarks/toy.py --variant=a --variant='N1, branch weights' --output=/tmp/toy
 
 The world is in `toy_world.py`, the variants in `toy_variants.py`. DK-DM starts from the base, NO-RL
 from the mixture's model and, for a few variants, from the base. Writes `results.json`, `results.md`
@@ -21,9 +21,7 @@ from absl import app, flags
 
 _QUICK = flags.DEFINE_bool('quick', False, 'One seed.')
 _SEEDS = flags.DEFINE_integer('seeds', 5, 'Seeds of everything, the base included.', lower_bound=1)
-_VARIANTS = flags.DEFINE_list(
-  'variants', [], 'Only these, separated by commas and no spaces after.'
-)
+_VARIANTS = flags.DEFINE_multi_string('variant', [], 'Only this one; may be repeated.')
 _OUTPUT = flags.DEFINE_string('output', 'benchmarks/results/toy', 'Directory of the results.')
 
 # Samples of each concept in a picture.

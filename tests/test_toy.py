@@ -24,11 +24,11 @@ def benchmarks():
 
 @pytest.fixture(scope='module')
 def results(benchmarks):
-  """One seed of the statements' variants, with a third of the steps."""
+  """One seed of the statements' variants, with fewer steps of all but NO-RL."""
   import toy
   import toy_variants
 
-  budget = toy_variants.Budget(pretraining=2000, dk_dm=(400, 200), no_rl=(60, 30), samples=500)
+  budget = toy_variants.Budget(pretraining=2000, dk_dm=(400, 200), samples=500)
   dk_dm, no_rl = ('a', 'b1', 'd', 'mix'), ('N1', 'negatives subset', 'N0')
   return toy.laboratory(1, budget, (dk_dm, no_rl, ()))
 
@@ -109,14 +109,15 @@ def test_dk_dm_reaches_the_explicit_ceiling(results):
     assert abs(scores['explicit'][0] - ceiling) < 0.06, name
 
 
-def test_n1_passes_the_ceiling_and_controls_collapse(results):
-  start = results['mix']['end']
-  n1 = results['N1']['end']
-  assert n1['correct'][0] > start['correct'][0] + 0.08
-  assert n1['worst'][0] > start['worst'][0] + 0.05
-  assert n1['explicit'][0] > start['explicit'][0]
-  assert results['N0']['end']['correct'][0] < 0.2
-  assert results['negatives subset']['end']['correct'][0] < n1['correct'][0] - 0.1
+def test_n1_passes_the_ceiling_and_stays_where_the_controls_collapse(results):
+  """After 300 epochs; over the first 60 even the controls improve."""
+  start, n1 = results['mix']['end'], results['N1']
+  for scores in (n1['early'], n1['end']):
+    assert scores['correct'][0] > start['correct'][0] + 0.08
+    assert scores['worst'][0] > start['worst'][0] + 0.05
+    assert scores['explicit'][0] > start['explicit'][0] + 0.05
+  for name in ('negatives subset', 'N0'):
+    assert results[name]['end']['correct'][0] < n1['end']['correct'][0] - 0.25, name
 
 
 def test_summary_and_table(results):
