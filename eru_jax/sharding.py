@@ -113,27 +113,30 @@ def shardings_like(tree: PyTree, params: PyTree, param_shardings: PyTree, mesh: 
   """Shardings of a training state: every subtree shaped like the parameters shares theirs.
 
   Adam's moments, averages and policies repeat the parameter tree; counters are replicated. Muon
-  keeps two such trees, each with gaps where the other one has moments.
+  keeps two such trees, each with gaps where the other one has moments. Where several networks are
+  trained at once, each has a state of its own.
 
   Args:
     tree: the (abstract) state.
-    params: the (abstract) parameters.
+    params: the (abstract) parameters, or a tuple of one tree for each of several networks.
     param_shardings: their shardings.
     mesh: where scalars are replicated.
   """
-  structure = jax.tree.structure(params)
+  pairs = [(params, param_shardings)]
+  if isinstance(params, tuple):
+    pairs += zip(params, param_shardings, strict=True)
+  known = {jax.tree.structure(part): shardings for part, shardings in pairs}
 
   def is_gap(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
   def is_params(node: Any) -> bool:
-    return jax.tree.structure(node, is_leaf=is_gap) == structure
+    return jax.tree.structure(node, is_leaf=is_gap) in known
 
   def assign(node: Any) -> Any:
     if not is_params(node):
       return replicated(mesh)
-    return jax.tree.map(
-      lambda x, where: x if is_gap(x) else where, node, param_shardings, is_leaf=is_gap
-    )
+    shardings = known[jax.tree.structure(node, is_leaf=is_gap)]
+    return jax.tree.map(lambda x, where: x if is_gap(x) else where, node, shardings, is_leaf=is_gap)
 
   return jax.tree.map(assign, tree, is_leaf=is_params)

@@ -18,8 +18,11 @@ The variants differ in the states, and all but (c) share one loss:
 | mixture, the default | `dk_dm_mixture` of (a) and (b1), and `preservation` |
 """
 
+import itertools
 import math
+from collections.abc import Mapping
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -33,6 +36,71 @@ def _squared_distance(student, teacher, x_t, t, implicit, explicit):
   """|| v_student - sg v_teacher ||^2 per dimension, (B,) float32."""
   target = frozen_velocity(teacher, x_t, t, explicit)
   return mean_per_example(jnp.square(student(x_t, t, implicit).astype(jnp.float32) - target))
+
+
+@flax.struct.dataclass
+class States:
+  """A batch of states, and what the student's velocity is to be there.
+
+  Attributes:
+    x_t: (B, ...) states.
+    t: (B,) times.
+    implicit: what the student sees.
+    explicit: what the teacher sees, or None with a target.
+    target: (B, ...) velocities to match in place of the teacher's, or None.
+    weight: (B,) weights, or None.
+  """
+
+  x_t: jax.Array
+  t: jax.Array
+  implicit: Conditioning
+  explicit: Conditioning | None = None
+  target: jax.Array | None = None
+  weight: jax.Array | None = None
+
+
+def joint_matching(
+  student: VelocityFn, teacher: VelocityFn, groups: Mapping[str, States]
+) -> dict[str, jax.Array]:
+  """`velocity_matching` on several batches of states; each network runs once, on all of them.
+
+  Args:
+    student: the field to train.
+    teacher: the frozen base; it runs on the groups without a target.
+    groups: batches by name.
+
+  Returns:
+    Every group's loss () float32, by its name.
+
+  Raises:
+    UserError: if the conditionings do not fit together.
+    ValueError: if a group has both a target and an explicit prompt, or neither.
+  """
+  for name, states in groups.items():
+    if (states.explicit is None) == (states.target is None):
+      raise ValueError(f'{name}: a group has either an explicit prompt or a target.')
+  batches = list(groups.values())
+  asked = [states for states in batches if states.target is None]
+
+  def joined(parts: list[States], prompt: str) -> tuple[jax.Array, jax.Array, Conditioning]:
+    x_t, t = (jnp.concatenate([getattr(part, k) for part in parts]) for k in ('x_t', 't'))
+    prompts = [getattr(part, prompt) for part in parts]
+    return x_t, t, flow.concatenate_conditionings(*prompts)
+
+  answers = iter(())
+  if asked:
+    stops = list(itertools.accumulate(states.t.shape[0] for states in asked))[:-1]
+    answers = iter(jnp.split(frozen_velocity(teacher, *joined(asked, 'explicit')), stops))
+  target = jnp.concatenate(
+    [next(answers) if states.target is None else states.target for states in batches]
+  )
+  error = student(*joined(batches, 'implicit')).astype(jnp.float32) - jax.lax.stop_gradient(target)
+  stops = list(itertools.accumulate(states.t.shape[0] for states in batches))[:-1]
+  errors = jnp.split(mean_per_example(jnp.square(error)), stops)
+  return {
+    name: weighted_mean(part, states.weight)
+    for (name, states), part in zip(groups.items(), errors, strict=True)
+  }
 
 
 def velocity_matching(
@@ -318,19 +386,15 @@ def dk_dm_mixture(
     raise UserError(
       f'DK-DM: preservation_weight is {preservation_weight} but must be zero or more.'
     )
-  batches = (teacher_states, rollouts, preserved)
-  x_t, t = (jnp.concatenate([batch[i] for batch in batches]) for i in (0, 1))
-  implicit = flow.concatenate_conditionings(teacher_states[2], rollouts[2], preserved[2])
-  explicit = flow.concatenate_conditionings(teacher_states[3], rollouts[3], preserved[2])
-  errors = _squared_distance(student, teacher, x_t, t, implicit, explicit)
-  first = teacher_states[0].shape[0]
-  second = first + rollouts[0].shape[0]
-  off_policy, on_policy = jnp.mean(errors[:first]), jnp.mean(errors[first:second])
-  kept = jnp.mean(errors[second:])
-  loss = (1 - mixture) * off_policy + mixture * on_policy + preservation_weight * kept
-  return loss, {
-    'teacher_states': off_policy,
-    'rollout_states': on_policy,
-    'preservation': kept,
-    'mixture': jnp.asarray(mixture, jnp.float32),
-  }
+  losses = joint_matching(
+    student,
+    teacher,
+    {
+      'teacher_states': States(*teacher_states),
+      'rollout_states': States(*rollouts),
+      'preservation': States(*preserved, explicit=preserved[2]),
+    },
+  )
+  loss = (1 - mixture) * losses['teacher_states'] + mixture * losses['rollout_states']
+  loss = loss + preservation_weight * losses['preservation']
+  return loss, {**losses, 'mixture': jnp.asarray(mixture, jnp.float32)}

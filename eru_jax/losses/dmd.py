@@ -22,6 +22,8 @@ from eru_jax.losses.flow_matching import (
 )
 from eru_jax.types import Conditioning, VelocityFn
 
+# Of t, in DMD2's code.
+TIME_RANGE = (0.02, 0.98)
 # A generator that has met the teacher exactly would divide by zero.
 _NORMALISER_FLOOR = 1e-5
 

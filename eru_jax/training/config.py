@@ -20,17 +20,16 @@ from eru_jax.models.attention import IMPLEMENTATIONS
 from eru_jax.models.flux import REMAT_POLICIES
 from eru_jax.models.lora import LoraRule
 from eru_jax.sharding import MeshConfig
-from eru_jax.training.state import OptimizerConfig
-
-
-def require(config: Any, **rules: tuple[bool, str]) -> None:
-  """Raises UserError for the first field whose rule (valid, wanted) is not met."""
-  for name, (valid, wanted) in rules.items():
-    if not valid:
-      owner = type(config).__name__.removesuffix('Config')
-      value = getattr(config, name)
-      raise UserError(f'{owner} config: `{name}` is {value!r} but must be {wanted}.')
-
+from eru_jax.training.checks import require
+from eru_jax.training.stage_config import STAGE_CONFIGS as STAGE_CONFIGS
+from eru_jax.training.stage_config import (
+  AutoencoderStageConfig,
+  DkDmStageConfig,
+  FlowMatchingStageConfig,
+  NoRlStageConfig,
+  RewardStageConfig,
+  StageConfig,
+)
 
 # Token states and the sentence vector, or the sentence vector alone.
 TEXT_ENCODERS = ('minilm', 'minilm_sentence')
@@ -168,6 +167,11 @@ class DataConfig:
     )
 
 
+def _seed(seed: int) -> tuple[bool, str]:
+  # More a JAX key does not tell apart.
+  return 0 <= seed < 2**32, f'from 0 to {2**32 - 1}'
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
   """What is measured before, between and after the stages.
@@ -194,257 +198,6 @@ class EvaluationConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class StageConfig:
-  """What every stage has.
-
-  Attributes:
-    num_steps: iterations.
-    optimizer: see OptimizerConfig.
-    accumulation: microbatches averaged into one update.
-    save_every: iterations between checkpoints; the last iteration is always saved.
-    log_every: iterations between lines of metrics.jsonl.
-  """
-
-  num_steps: int = 100
-  optimizer: OptimizerConfig = OptimizerConfig()
-  accumulation: int = 1
-  save_every: int = 100
-  log_every: int = 10
-
-  def __post_init__(self):
-    require(
-      self,
-      num_steps=(self.num_steps >= 1, 'at least 1'),
-      accumulation=(self.accumulation >= 1, 'at least 1'),
-      save_every=(self.save_every >= 1, 'at least 1'),
-      log_every=(self.log_every >= 1, 'at least 1'),
-    )
-
-
-def _seed(seed: int) -> tuple[bool, str]:
-  # More a JAX key does not tell apart.
-  return 0 <= seed < 2**32, f'from 0 to {2**32 - 1}'
-
-
-def _batch(size: int, accumulation: int) -> tuple[bool, str]:
-  valid = size >= 1 and size % accumulation == 0
-  return valid, 'positive and a multiple of accumulation'
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderStageConfig(StageConfig):
-  """Trains the autoencoder on the world's pictures.
-
-  Attributes:
-    batch_size: pictures an iteration.
-    kl_weight: weight of the KL to the unit normal.
-  """
-
-  batch_size: int = 16
-  kl_weight: float = 5e-4
-
-  def __post_init__(self):
-    super().__post_init__()
-    require(
-      self,
-      batch_size=_batch(self.batch_size, self.accumulation),
-      kl_weight=(self.kl_weight >= 0, 'zero or more'),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardStageConfig(StageConfig):
-  """Trains the reward classifier on distorted pictures of the world.
-
-  Attributes:
-    batch_size: pictures an iteration.
-    label_smoothing: share of the probability given to all classes alike.
-  """
-
-  batch_size: int = 64
-  label_smoothing: float = 0.05
-
-  def __post_init__(self):
-    super().__post_init__()
-    require(
-      self,
-      batch_size=_batch(self.batch_size, self.accumulation),
-      label_smoothing=(0 <= self.label_smoothing < 1, 'in [0, 1)'),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class FlowMatchingStageConfig(StageConfig):
-  """Pretrains the backbone on (name, picture).
-
-  Attributes:
-    batch_size: examples an iteration.
-    pooled_only: share of examples whose token states are masked, which leaves the pooled vector.
-    tokens_only: share of examples whose pooled vector is zeroed.
-    drop_text: share of examples trained on the empty prompt.
-    text_noise: standard deviation of Gaussian noise on the text, relative to its own.
-    time_mean: mean of the logit-normal timestep density.
-    time_std: its standard deviation.
-  """
-
-  batch_size: int = 64
-  pooled_only: float = 0.2
-  tokens_only: float = 0.1
-  drop_text: float = 0.05
-  text_noise: float = 0.1
-  time_mean: float = 0.0
-  time_std: float = 1.0
-
-  def __post_init__(self):
-    super().__post_init__()
-    shares = (self.pooled_only, self.tokens_only, self.drop_text)
-    require(
-      self,
-      batch_size=_batch(self.batch_size, self.accumulation),
-      pooled_only=(
-        min(shares) >= 0 and sum(shares) <= 1,
-        'such that it, tokens_only and drop_text are zero or more and sum to at most 1',
-      ),
-      text_noise=(self.text_noise >= 0, 'zero or more'),
-      time_std=(self.time_std > 0, 'positive'),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class DkDmStageConfig(StageConfig):
-  """DK-DM, the default mixture (a reconstruction: docs/method.md).
-
-  Attributes:
-    teacher_batch: implicit prompts an iteration that meet states of the teacher's pictures.
-    rollouts: implicit prompts an iteration that are rolled out with the student.
-    rollout_steps: Euler steps of a rollout.
-    states_per_rollout: states kept of each rollout.
-    mixture: final weight of the rollout states.
-    mixture_ramp: fraction of the stage over which that weight grows from zero.
-    preservation_batch: anchors, other names and empty prompts an iteration.
-    preservation_weight: weight of the preservation term.
-    preserved_names: names of the world, beside the anchors, that the preservation term draws from.
-    teacher_seeds: pictures the teacher makes of each anchor before the stage begins.
-    text_noise: noise on the implicit prompt's text, relative to its own standard deviation.
-    pooled_only: share of implicit prompts whose token states are masked.
-    time_mean: mean of the logit-normal timestep density of teacher states.
-    time_std: its standard deviation.
-  """
-
-  teacher_batch: int = 32
-  rollouts: int = 4
-  rollout_steps: int = 8
-  states_per_rollout: int = 4
-  mixture: float = 0.5
-  mixture_ramp: float = 0.3
-  preservation_batch: int = 16
-  preservation_weight: float = 1.0
-  preserved_names: int = 256
-  teacher_seeds: int = 2
-  text_noise: float = 0.1
-  pooled_only: float = 0.2
-  time_mean: float = 0.4
-  time_std: float = 1.0
-
-  def __post_init__(self):
-    super().__post_init__()
-    sizes = (self.teacher_batch, self.rollouts, self.preservation_batch)
-    require(
-      self,
-      teacher_batch=(
-        min(sizes) >= 1 and not any(s % self.accumulation for s in sizes),
-        'positive and, like rollouts and preservation_batch, a multiple of accumulation',
-      ),
-      states_per_rollout=(
-        1 <= self.states_per_rollout <= self.rollout_steps,
-        'between 1 and rollout_steps',
-      ),
-      mixture=(0 <= self.mixture <= 1, 'in [0, 1]'),
-      mixture_ramp=(0 <= self.mixture_ramp <= 1, 'in [0, 1]'),
-      preservation_weight=(self.preservation_weight >= 0, 'zero or more'),
-      preserved_names=(self.preserved_names >= 0, 'zero or more'),
-      teacher_seeds=(self.teacher_seeds >= 1, 'at least 1'),
-      text_noise=(self.text_noise >= 0, 'zero or more'),
-      pooled_only=(0 <= self.pooled_only <= 1, 'in [0, 1]'),
-      time_std=(self.time_std > 0, 'positive'),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class NoRlStageConfig(StageConfig):
-  """NO-RL, variant N1 (a reconstruction: docs/method.md).
-
-  Attributes:
-    prompts_per_step: prompts an iteration.
-    images_per_prompt: rollouts of each.
-    rollout_steps: Euler steps of a rollout.
-    cfg_scale: guidance scale of the policy that is trained, in its rollouts and in the loss; the
-      usual 1 costs half, and shows mistakes that guidance hides.
-    timesteps_per_image: noise levels each rollout is trained at.
-    updates_per_step: parameter updates made from one iteration's rollouts.
-    explicit_share: share of the prompts that are explicit anchors.
-    text_noise: noise on the prompts' text, relative to its own standard deviation: bad samples are
-      looked for around the prompts, too.
-    beta: DiffusionNFT's beta.
-    reference_weight: weight of the velocity distance to the stage's start.
-    reward_low: score at or below which a picture is certainly wrong.
-    reward_high: score at or above which it is certainly right.
-    behaviour_inertia: growth per iteration of the share of itself that the rollout policy keeps
-      when it follows the parameters (DiffusionNFT's eta, its first schedule).
-    behaviour_cap: the largest such share.
-    time_max: noise levels are drawn up to this one.
-    time_min: and from this one.
-  """
-
-  prompts_per_step: int = 16
-  images_per_prompt: int = 4
-  rollout_steps: int = 8
-  cfg_scale: float = 1.0
-  timesteps_per_image: int = 2
-  updates_per_step: int = 2
-  explicit_share: float = 0.5
-  text_noise: float = 0.0
-  beta: float = 1.0
-  reference_weight: float = 0.05
-  reward_low: float = 0.0
-  reward_high: float = 1.0
-  behaviour_inertia: float = 0.02
-  behaviour_cap: float = 0.5
-  time_min: float = 0.3
-  time_max: float = 1.0
-
-  def __post_init__(self):
-    super().__post_init__()
-    counts = ('images_per_prompt', 'rollout_steps', 'timesteps_per_image', 'updates_per_step')
-    require(self, **{name: (getattr(self, name) >= 1, 'at least 1') for name in counts})
-    images = self.prompts_per_step * self.images_per_prompt
-    require(
-      self,
-      prompts_per_step=(
-        images > 0 and images % (self.updates_per_step * self.accumulation) == 0,
-        'positive and such that prompts_per_step * images_per_prompt is a multiple of '
-        'updates_per_step * accumulation',
-      ),
-      cfg_scale=(self.cfg_scale >= 0, 'zero or more'),
-      explicit_share=(0 <= self.explicit_share <= 1, 'in [0, 1]'),
-      text_noise=(self.text_noise >= 0, 'zero or more'),
-      beta=(0 < self.beta <= 1, 'in (0, 1]'),
-      reference_weight=(self.reference_weight >= 0, 'zero or more'),
-      reward_high=(self.reward_high > self.reward_low, 'above reward_low'),
-      behaviour_inertia=(self.behaviour_inertia >= 0, 'zero or more'),
-      behaviour_cap=(0 <= self.behaviour_cap <= 1, 'in [0, 1]'),
-      time_min=(0 <= self.time_min < self.time_max <= 1, 'below time_max, both in [0, 1]'),
-    )
-
-
-STAGE_CONFIGS = {
-  'autoencoder': AutoencoderStageConfig,
-  'reward': RewardStageConfig,
-  'flow_matching': FlowMatchingStageConfig,
-  'dk_dm': DkDmStageConfig,
-  'no_rl': NoRlStageConfig,
-}
 # Without a model to start from, what a stage's own networks must have been trained by.
 _NEEDS = {
   'flow_matching': ('autoencoder',),
@@ -498,6 +251,11 @@ class ExperimentConfig:
         'builds on those before it.'
       )
     self._check_needs()
+    if 'dk_dm' in self.stages and self.dk_dm.guidance == 'baked' and self.sampling.cfg_scale != 1:
+      raise UserError(
+        f"config: dk_dm.guidance is 'baked', so the trained model needs no guidance, but "
+        f'sampling.cfg_scale is {self.sampling.cfg_scale:g}: set it to 1.'
+      )
     require(self, seed=_seed(self.seed))
 
   def _check_needs(self) -> None:

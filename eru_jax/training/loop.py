@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.training.checkpoint import StageCheckpoints
-from eru_jax.training.config import StageConfig
 from eru_jax.training.metrics import MetricWriter, Progress
+from eru_jax.training.stage_config import StageConfig
 from eru_jax.training.state import init_state
 from eru_jax.training.step import StageProgram, compile_stage
 
@@ -141,7 +141,8 @@ def run_stage(
 def _initialiser(stage: Stage, config: StageConfig, mesh: Mesh) -> tuple[Any, Callable, PyTree]:
   """The optimiser, params -> fresh state, and the state's shapes, dtypes and shardings."""
   program = stage.program
-  optimizer = config.optimizer.build(config.num_steps * program.updates_per_batch)
+  updates = config.num_steps * program.updates_per_batch
+  optimizer = program.optimizer(config.optimizer, updates)
 
   def start(params):
     return init_state(params, optimizer, behaviour=program.behaviour_rate is not None)

@@ -118,6 +118,42 @@ class OptimizerConfig:
     return optax.chain(optax.clip_by_global_norm(self.clip_norm), descend)
 
 
+def _resting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Leaves parameters and moments alone where the whole gradient is zero: momentum would not."""
+
+  def update(grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+    moves = optax.global_norm(grads) > 0
+    updates, new_state = optimizer.update(grads, state, params)
+    updates = jax.tree.map(lambda u: jnp.where(moves, u, 0), updates)
+    return updates, jax.tree.map(lambda n, o: jnp.where(moves, n, o), new_state, state)
+
+  return optax.GradientTransformation(optimizer.init, update)
+
+
+def two_time_scales(
+  config: OptimizerConfig, num_updates: int, per_round: int
+) -> optax.GradientTransformation:
+  """The optimiser of (student, critic), of which one learns at a time and the other rests.
+
+  Args:
+    config: of both.
+    num_updates: updates of either.
+    per_round: updates in a round, the last of which is the student's.
+  """
+  rounds = num_updates // per_round
+  parts = _resting(config.build(rounds)), _resting(config.build(num_updates - rounds))
+
+  def init(params: tuple) -> tuple:
+    return tuple(part.init(p) for part, p in zip(parts, params, strict=True))
+
+  def update(grads: tuple, state: tuple, params: tuple) -> tuple[tuple, tuple]:
+    found = [part.update(*args) for part, *args in zip(parts, grads, state, params, strict=True)]
+    updates, state = zip(*found, strict=True)
+    return updates, state
+
+  return optax.GradientTransformation(init, update)
+
+
 # Root mean square of a typical AdamW update, before the learning rate.
 _ADAMW_RMS = 0.2
 

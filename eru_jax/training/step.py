@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eru_jax.training.state import TrainState, apply_gradients, interpolate_trees
+from eru_jax.training.state import (
+  OptimizerConfig,
+  TrainState,
+  apply_gradients,
+  interpolate_trees,
+)
 
 PyTree = Any
 # (params, frozen, examples, key, step) -> (loss, measurements)
@@ -31,6 +36,7 @@ class StageProgram:
     behaviour_rate: step -> weight with which the rollout policy moves to the parameters after
       an iteration, or None if rollouts are not made by a policy of their own. With one, the loss
       finds the policy's parameters as frozen['policy'].
+    optimizer: (its config, number of updates) -> the optimiser of the trainable parameters.
   """
 
   loss: LossFn
@@ -38,6 +44,7 @@ class StageProgram:
   updates_per_batch: int = 1
   accumulation: int = 1
   behaviour_rate: Callable[[jax.Array], jax.Array] | None = None
+  optimizer: Callable[[OptimizerConfig, int], optax.GradientTransformation] = OptimizerConfig.build
 
 
 def split_leading(tree: PyTree, parts: int) -> PyTree:

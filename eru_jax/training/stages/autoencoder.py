@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from eru_jax import sharding
 from eru_jax.data import pipeline
 from eru_jax.losses.autoencoding import autoencoding
-from eru_jax.training.config import AutoencoderStageConfig
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
+from eru_jax.training.stage_config import AutoencoderStageConfig
 from eru_jax.training.step import StageProgram
 
 

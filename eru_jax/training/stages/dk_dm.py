@@ -1,6 +1,8 @@
 """Stage `dk_dm`: registers implicit prompts with their explicit anchors."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +11,36 @@ import numpy as np
 from eru_jax import flow, sharding
 from eru_jax.data import pipeline
 from eru_jax.errors import UserError
-from eru_jax.losses import dk_dm
-from eru_jax.training.config import DkDmStageConfig
 from eru_jax.training.evaluation import spread
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
-from eru_jax.training.stages.common import initial_trainable, unstacked
+from eru_jax.training.stage_config import DkDmStageConfig
+from eru_jax.training.stages.common import initial_trainable
+from eru_jax.training.state import OptimizerConfig, two_time_scales
 from eru_jax.training.step import StageProgram
-from eru_jax.training.text_dropout import perturb
+from eru_jax.training.variants.dk_dm import VARIANTS, DkDm, critic_loss, matching_loss
 
 
 def teacher_pictures(
-  experiment: Experiment, snapshot: Snapshot, prompts: list[str], seeds: int, batch_size: int = 64
+  experiment: Experiment,
+  snapshot: Snapshot,
+  prompts: list[str],
+  seeds: int,
+  cfg_scale: float,
+  batch_size: int = 64,
 ) -> jax.Array:
   """What the base draws under each prompt: latents (prompts, seeds, S, C) float32.
 
   Deterministic in the config, so that a resumed run makes the same ones again.
   """
-  model, sampling = snapshot.model, experiment.config.sampling
+  model = snapshot.model
 
   @jax.jit
   def draw(backbone, key, conditioning):
     noise = jax.random.normal(key, (batch_size, *model.latent_shape))
     velocity_fn = model.velocity(backbone)
     null = experiment.text.null
-    return model.sample(
-      velocity_fn, noise, conditioning, experiment.schedule, null, sampling.cfg_scale
-    )
+    return model.sample(velocity_fn, noise, conditioning, experiment.schedule, null, cfg_scale)
 
   key = experiment.key('teacher pictures')
   rows = np.repeat(experiment.text.index(prompts), seeds)
@@ -46,6 +51,14 @@ def teacher_pictures(
     drawn = draw(snapshot.backbone, jax.random.fold_in(key, start), conditioning)
     parts.append(drawn[: len(rows) - start])
   return jnp.concatenate(parts).reshape(len(prompts), seeds, *model.latent_shape)
+
+
+def data_pictures(experiment: Experiment, snapshot: Snapshot, names: list[str]) -> jax.Array:
+  """The world's own pictures of these names: latents (names, 1, S, C) float32."""
+  pictures = experiment.world.pictures
+  rows = [pictures.names.index(name) for name in names]
+  images = jnp.asarray(pictures.images[rows], jnp.float32) / 127.5 - 1
+  return jax.jit(snapshot.model.encode)(snapshot.autoencoder, images)[:, None]
 
 
 def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -> Stage:
@@ -72,88 +85,74 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
   kept_rows = experiment.text.index(kept)
   # Guidance leans on the empty prompt at every step, so it is a tenth of what is preserved.
   preserved = np.append(np.arange(len(kept)), np.full(len(kept) // 9, len(kept) - 1))
-  density = flow.TimestepDensity('logit_normal', config.time_mean, config.time_std)
-  cfg_scale = experiment.config.sampling.cfg_scale
-  rollout_schedule = flow.timestep_schedule(
-    config.rollout_steps, experiment.config.sampling.shift_mu
+  sampling, variant = experiment.config.sampling, VARIANTS[config.variant]
+  tools = DkDm(
+    config,
+    model,
+    experiment.text.null,
+    sampling.cfg_scale,
+    flow.timestep_schedule(config.rollout_steps, sampling.shift_mu),
   )
+  cfg_scale = config.baked_scale if config.guidance == 'baked' else sampling.cfg_scale
+  # The critic learns first, on several batches; the student then moves once.
+  updates = config.critic_updates + 1 if variant.critic else 1
 
   def make_frozen():
+    pictures = teacher_pictures(experiment, snapshot, kept, config.teacher_seeds, cfg_scale)
+    frozen = {'pictures': pictures}
+    if config.variant == 'supervised':
+      frozen['data'] = data_pictures(experiment, snapshot, anchors)
+    return {'backbone': snapshot.backbone, **jax.device_put(frozen, sharding.replicated(mesh))}
+
+  def texts(rows):
     return {
-      'backbone': snapshot.backbone,
-      'pictures': jax.device_put(
-        teacher_pictures(experiment, snapshot, kept, config.teacher_seeds),
-        sharding.replicated(mesh),
-      ),
+      'anchor': anchor_of_pair[rows],
+      'implicit': experiment.text.take(implicit_rows[rows]),
+      'explicit': experiment.text.take(explicit_rows[rows]),
     }
 
   def assemble(index):
-    def texts(rows):
-      return experiment.text.take(rows)
-
-    pair, rollout, keep = index['pairs'], index['rollouts'], preserved[index['preservation']]
-    return {
-      'anchor': anchor_of_pair[pair],
-      'implicit': texts(implicit_rows[pair]),
-      'explicit': texts(explicit_rows[pair]),
-      'rollouts': {
-        'implicit': texts(implicit_rows[rollout]),
-        'explicit': texts(explicit_rows[rollout]),
-      },
-      'kept picture': keep,
-      'kept': texts(kept_rows[keep]),
+    keep = preserved[index['preservation']]
+    batch = {
+      'pairs': texts(index['pairs']),
+      'rollouts': texts(index['rollouts']),
+      'preserved': {'anchor': keep, 'prompt': experiment.text.take(kept_rows[keep])},
     }
-
-  def noised(keys, frozen, prompt):
-    """Teacher pictures of prompts (rows of `kept`) at random noise levels: x_t, t."""
-    which = jax.random.randint(keys[0], prompt.shape, 0, config.teacher_seeds)
-    x_0 = frozen['pictures'][prompt, which]
-    t = density.sample(keys[1], prompt.shape)
-    return flow.interpolate(x_0, jax.random.normal(keys[2], x_0.shape), t), t
+    if variant.critic:
+      turns = np.arange(updates) == updates - 1
+      batch['students_turn'] = np.repeat(turns, config.rollouts)
+    return batch
 
   def prepare(policy, frozen, batch, key):
-    """Adds states of the student's own rollouts, all of an iteration's drawn at once."""
-    noise_key, state_key = jax.random.split(key)
-    prompts = batch['rollouts']
-    noise = jax.random.normal(noise_key, (config.rollouts, *model.latent_shape))
-    student = model.velocity(frozen['backbone'], policy)
-    guided = flow.classifier_free_guidance(student, experiment.text.null, cfg_scale)
-    x_t, t, source = dk_dm.rollout_states(
-      state_key, guided, noise, rollout_schedule, prompts['implicit'], config.states_per_rollout
-    )
-    return {**batch, 'rollouts': {'x_t': x_t, 't': t, **unstacked(prompts, source)}}, {}
+    """Rolls out all of an iteration's rollouts at once."""
+    student = policy[0] if variant.critic else policy
+    rolled = variant.roll_out(tools, student, frozen, batch['rollouts'], key)
+    return {**batch, 'rollouts': rolled}, {}
 
   def loss(params, frozen, batch, key, step):
-    keys = jax.random.split(key, 8)
-    student = model.velocity(frozen['backbone'], params)
-    teacher = model.velocity(frozen['backbone'])
+    one = critic_loss if variant.critic else matching_loss
+    return one(tools, params, frozen, batch, key, step)
 
-    def blurred(key, conditioning):
-      return perturb(key, conditioning, noise=config.text_noise, pooled_only=config.pooled_only)
-
-    x_t, t = noised(keys[:3], frozen, batch['anchor'])
-    rolled = batch['rollouts']
-    kept_x, kept_t = noised(keys[3:6], frozen, batch['kept picture'])
-    mixture = dk_dm.mixture_schedule(step, config.num_steps, config.mixture, config.mixture_ramp)
-    return dk_dm.dk_dm_mixture(
-      student,
-      teacher,
-      (x_t, t, blurred(keys[6], batch['implicit']), batch['explicit']),
-      (rolled['x_t'], rolled['t'], blurred(keys[7], rolled['implicit']), rolled['explicit']),
-      (kept_x, kept_t, batch['kept']),
-      mixture,
-      config.preservation_weight,
-    )
-
+  start = initial_trainable(experiment, snapshot)
+  optimizer = OptimizerConfig.build
+  if variant.critic:
+    optimizer = functools.partial(two_time_scales, per_round=updates)
   return Stage(
-    program=StageProgram(loss, prepare=prepare, accumulation=config.accumulation),
-    trainable=initial_trainable(experiment, snapshot),
+    program=StageProgram(
+      loss,
+      prepare=prepare if variant.roll_out else None,
+      updates_per_batch=updates,
+      accumulation=config.accumulation,
+      optimizer=optimizer,
+    ),
+    # The critic begins as the student does.
+    trainable=(start, start) if variant.critic else start,
     make_frozen=make_frozen,
     batches=pipeline.mixture_batches(
       {
-        'pairs': (len(pairs), config.teacher_batch),
-        'rollouts': (len(pairs), config.rollouts),
-        'preservation': (len(preserved), config.preservation_batch),
+        'pairs': (len(pairs), updates * config.teacher_batch),
+        'rollouts': (len(pairs), updates * config.rollouts),
+        'preservation': (len(preserved), updates * config.preservation_batch),
       },
       experiment.config.seed,
     ),
@@ -161,6 +160,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
   )
 
 
-def absorb(experiment: Experiment, snapshot: Snapshot, params) -> Snapshot:
-  del experiment
+def absorb(experiment: Experiment, snapshot: Snapshot, params: Any) -> Snapshot:
+  if VARIANTS[experiment.config.dk_dm.variant].critic:
+    params, _ = params
   return dataclasses.replace(snapshot, trainable=params)

@@ -9,9 +9,9 @@ import numpy as np
 from eru_jax import flow, sharding
 from eru_jax.data import pipeline
 from eru_jax.losses.flow_matching import flow_matching
-from eru_jax.training.config import FlowMatchingStageConfig
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
+from eru_jax.training.stage_config import FlowMatchingStageConfig
 from eru_jax.training.step import StageProgram
 from eru_jax.training.text_dropout import perturb
 

@@ -9,14 +9,15 @@ import numpy as np
 from eru_jax import flow
 from eru_jax.data import pipeline
 from eru_jax.errors import UserError
-from eru_jax.losses import no_rl
+from eru_jax.losses import policy_gradient
 from eru_jax.rewards.emoji import EmojiReward
-from eru_jax.training.config import NoRlStageConfig
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
+from eru_jax.training.stage_config import NoRlStageConfig
 from eru_jax.training.stages.common import initial_trainable, unstacked
 from eru_jax.training.step import StageProgram
 from eru_jax.training.text_dropout import perturb
+from eru_jax.training.variants import no_rl as variants
 
 
 def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -> Stage:
@@ -43,6 +44,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   reward = EmojiReward(len(experiment.world.pictures.names))
   schedule = flow.timestep_schedule(config.rollout_steps, experiment.config.sampling.shift_mu)
   density = flow.TimestepDensity('uniform', t_min=config.time_min, t_max=config.time_max)
+  variant, dynamics = variants.VARIANTS[config.variant], variants.dynamics(config)
   start = initial_trainable(experiment, snapshot)
 
   def make_frozen():
@@ -76,33 +78,48 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     noise = jax.random.normal(noise_key, (batch['answer'].shape[0], *model.latent_shape))
     # The picture is learnt from under the very text that it was made of.
     prompts = perturb(text_key, batch['text'], noise=config.text_noise)
-    x_0 = model.sample(policy_field(frozen, policy), noise, prompts, schedule)
+    field = policy_field(frozen, policy)
+    examples = {'text': prompts}
+    if variant.on_steps:
+      step_key = jax.random.fold_in(key, 1)
+      x_0, steps, row = policy_gradient.sample_transitions(
+        step_key, field, noise, schedule, prompts, dynamics, config.timesteps_per_image
+      )
+      examples['text'] = unstacked(prompts, row)
+      log_prob = policy_gradient.transition_log_prob(field, steps, examples['text'], dynamics)
+      # A scalar, which cannot be split into updates.
+      examples |= {'transitions': steps.replace(t_clamp=None), 'old_log_prob': log_prob}
+    else:
+      x_0 = model.sample(field, noise, prompts, schedule)
+      row = jnp.arange(x_0.shape[0])
+      examples['x_0'] = x_0
     images = model.decode(frozen['autoencoder'], x_0)
     score = reward(frozen['reward'], images, batch['answer'])
-    r = no_rl.optimality(score, config.reward_low, config.reward_high)
-    examples = {'text': prompts, 'x_0': x_0, 'r': r}
+    examples |= unstacked(variants.ratings(score, config), row)
     return examples, {'reward': jnp.mean(score)}
+
+  def noised(examples, key):
+    """Every picture at several noise levels."""
+    time_key, noise_key = jax.random.split(key)
+    row = jnp.tile(jnp.arange(examples['r'].shape[0]), config.timesteps_per_image)
+    examples = unstacked(examples, row)
+    t = density.sample(time_key, row.shape)
+    noise = jax.random.normal(noise_key, examples['x_0'].shape)
+    return variants.Examples(**examples, t=t, noise=noise)
+
+  def stepped(examples):
+    steps = examples['transitions'].replace(t_clamp=schedule[1])
+    return variants.Examples(**{**examples, 'transitions': steps})
 
   def loss(params, frozen, examples, key, step):
     del step
-    time_key, noise_key = jax.random.split(key)
-    count = examples['r'].shape[0]
-    row = jnp.tile(jnp.arange(count), config.timesteps_per_image)
-    x_0, r, text = unstacked((examples['x_0'], examples['r'], examples['text']), row)
-    t = density.sample(time_key, row.shape)
-    noise = jax.random.normal(noise_key, x_0.shape)
-    return no_rl.no_rl(
+    fields = variants.Fields(
       policy_field(frozen, params),
       policy_field(frozen, frozen['policy']),
       policy_field(frozen, frozen['reference']),
-      x_0,
-      noise,
-      t,
-      text,
-      r,
-      beta=config.beta,
-      reference_weight=config.reference_weight,
     )
+    examples = stepped(examples) if variant.on_steps else noised(examples, key)
+    return variant.loss(fields, examples, config)
 
   def behaviour_rate(step):
     return 1 - jnp.minimum(config.behaviour_inertia * step, config.behaviour_cap)

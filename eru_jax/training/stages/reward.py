@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from eru_jax import sharding
 from eru_jax.data import pipeline
 from eru_jax.rewards.emoji import EmojiReward, classifier_loss, distort
-from eru_jax.training.config import RewardStageConfig
 from eru_jax.training.experiment import Experiment, Snapshot, init_sharded
 from eru_jax.training.loop import Stage
+from eru_jax.training.stage_config import RewardStageConfig
 from eru_jax.training.step import StageProgram
 
 
