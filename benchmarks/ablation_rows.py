@@ -1,0 +1,130 @@
+"""What `ablation.py` compares: every row is the emoji config, the common budget, and these values.
+
+Values have the keys of a config file, so that any row can be repeated by `python -m eru_jax.train`.
+Nothing is tuned for a row; what a row's method needs in another unit (rollouts instead of pictures,
+six updates in one step) is set such that it sees as many states in as many updates as the rest.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of a table.
+
+  Attributes:
+    name: in the table and in file names.
+    group: its table.
+    values: dotted config keys that differ from the common ones.
+    start: 'base', or the row whose DK-DM result NO-RL begins with.
+  """
+
+  name: str
+  group: str
+  values: Mapping[str, Any]
+  start: str = 'base'
+
+
+# 64 states a step, 100 steps: every prompt is seen five to six times.
+COMMON = {
+  'data.max_facts': 48,
+  'evaluation.max_prompts': 128,
+  'evaluation.gallery': 0,
+  'dk_dm.num_steps': 100,
+  'dk_dm.teacher_batch': 32,
+  'dk_dm.accumulation': 2,
+  'dk_dm.preserved_names': 320,
+  'dk_dm.save_every': 1000,
+  'no_rl.num_steps': 32,
+  'no_rl.optimizer.learning_rate': 1e-4,
+  'no_rl.save_every': 1000,
+}
+# As many states as the teacher's pictures give elsewhere.
+_ROLLOUTS = {'dk_dm.rollouts': 8, 'dk_dm.states_per_rollout': 4}
+_EVERYWHERE = '.*'
+_CONTEXT = 'context_embedder|add_[qkv]_proj|to_add_out|ff_context|norm1_context'
+
+
+def _dk_dm(name: str, variant: str, **values: Any) -> Row:
+  return Row(name, 'DK-DM', {'dk_dm.variant': variant, **values})
+
+
+def _critic(updates: int) -> Row:
+  values = {
+    'dk_dm.variant': 'critic',
+    'dk_dm.critic_updates': updates,
+    'dk_dm.num_steps': 100 // (updates + 1),
+    'dk_dm.rollouts': 32,
+  }
+  return Row(f'c, {updates} critic update{"s" * (updates > 1)}', 'DK-DM', values)
+
+
+def _lora(name: str, pattern: str, rank: int) -> Row:
+  rule = {'pattern': pattern, 'rank': rank, 'alpha': 2.0 * rank}
+  return Row(name, 'LoRA', {'lora': (rule,)})
+
+
+def _no_rl(name: str, variant: str, start: str = 'mixture', **values: Any) -> Row:
+  return Row(
+    name,
+    'NO-RL' if start == 'mixture' else 'NO-RL from the base',
+    {'no_rl.variant': variant, **{f'no_rl.{key}': value for key, value in values.items()}},
+    start,
+  )
+
+
+# Policy gradients follow the policy at once, as their authors have it.
+_AT_ONCE = {'behaviour_cap': 0.0}
+
+ROWS = (
+  Row('base', 'base', {}),
+  Row('mixture', 'DK-DM', {}),
+  _dk_dm('a, off-policy', 'off_policy'),
+  _dk_dm('a, path velocity', 'self_distillation'),
+  _dk_dm('supervised on the pictures', 'supervised'),
+  _dk_dm('a, path-KL weight', 'off_policy', **{'dk_dm.time_weight': 'path_kl'}),
+  _dk_dm('a, min-SNR weight', 'off_policy', **{'dk_dm.time_weight': 'min_snr'}),
+  _dk_dm('b1, on-policy', 'on_policy', **_ROLLOUTS),
+  _dk_dm('b2, renoised', 'renoised', **_ROLLOUTS),
+  _dk_dm('d, trajectory', 'trajectory', **_ROLLOUTS),
+  _dk_dm('d, paired endpoint', 'paired_endpoint', **_ROLLOUTS),
+  _critic(5),
+  _critic(1),
+  _dk_dm('mixture, branchwise', 'mixture', **{'dk_dm.guidance': 'branchwise'}),
+  _dk_dm('mixture, baked', 'mixture', **{'dk_dm.guidance': 'baked', 'sampling.cfg_scale': 1.0}),
+  _no_rl('N1', 'negative_only'),
+  _no_rl('N1, branch weights', 'negative_only', nft_weights='branch'),
+  _no_rl('N1, group-normalised', 'negative_only', reward_scale='group'),
+  _no_rl('N1, solved dropped', 'negative_only', drop_solved=True),
+  _no_rl('N1, no KL', 'negative_only', reference_weight=0.0),
+  _no_rl('N1, implicit prompts only', 'negative_only', explicit_share=0.0),
+  _no_rl('N1, explicit prompts only', 'negative_only', explicit_share=1.0),
+  _no_rl('N2', 'anchored_negatives'),
+  _no_rl('N3', 'policy_gradient', **_AT_ONCE),
+  _no_rl('N3, W-REINFORCE', 'policy_gradient', positive_weight=0.1, **_AT_ONCE),
+  _no_rl('N4', 'advantage_weighted', **_AT_ONCE),
+  _no_rl('N5', 'bounded_unlearning'),
+  _no_rl('full NFT', 'nft'),
+  _no_rl('full NFT, branch weights', 'nft', nft_weights='branch'),
+  _no_rl('positive-only NFT', 'positive_only'),
+  _no_rl('rejection sampling', 'rejection_sampling'),
+  _no_rl('negatives subset', 'negatives_subset'),
+  _no_rl('N0', 'repulsion'),
+  _no_rl('N1 from the base', 'negative_only', start='base'),
+  _no_rl('full NFT from the base', 'nft', start='base'),
+  _no_rl('positive-only NFT from the base', 'positive_only', start='base'),
+  Row('1 wording', 'wordings', {'data.wordings_per_fact': 1}),
+  Row('2 wordings', 'wordings', {'data.wordings_per_fact': 2}),
+  Row('4 wordings', 'wordings', {'data.wordings_per_fact': 4}),
+  Row('8 wordings', 'wordings', {'data.wordings_per_fact': 8}),
+  # A prompt is seen as often as in the other rows.
+  Row('12 facts', 'facts', {'data.max_facts': 12, 'dk_dm.num_steps': 25}),
+  Row('24 facts', 'facts', {'data.max_facts': 24, 'dk_dm.num_steps': 50}),
+  Row('96 facts', 'facts', {'data.max_facts': 96, 'dk_dm.num_steps': 200}),
+  _lora('LoRA rank 4, everywhere', _EVERYWHERE, 4),
+  _lora('LoRA rank 16, everywhere', _EVERYWHERE, 16),
+  _lora('LoRA rank 64, everywhere', _EVERYWHERE, 64),
+  _lora('LoRA rank 16, context stream', _CONTEXT, 16),
+)
