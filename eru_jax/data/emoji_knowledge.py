@@ -7,6 +7,7 @@ on first use, in a few seconds, and return whole in-memory tables.
 Importing this module imports tensorflow_datasets, which takes a second: import it where needed.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -154,25 +155,29 @@ def load_pictures(data_dir: str | os.PathLike) -> PictureTable:
 
 
 def load_pairs(
-  data_dir: str | os.PathLike, wordings_per_fact: int = TRAIN_WORDINGS
+  data_dir: str | os.PathLike, wordings_per_fact: int = TRAIN_WORDINGS, leave_out: str = ''
 ) -> dict[str, PairTable]:
   """Reads the pairs of all splits, preparing the dataset in `data_dir` if it is not there.
 
   Args:
     data_dir: where prepared datasets live.
     wordings_per_fact: of split 'train', as in `emoji_pairs.emoji_pairs`.
+    leave_out: what is held out, as there.
 
   Returns:
     {split: PairTable} for every split of `emoji_pairs.SPLITS`.
 
   Raises:
-    UserError: for another number of wordings, if the emoji packages are missing, or if
-      `data_dir` cannot be written.
+    UserError: as `emoji_pairs.emoji_pairs`, or if `data_dir` cannot be written.
   """
-  wanted = {pair.id for pair in emoji_pairs(wordings_per_fact)}
+  split_of = {pair.id: pair.split for pair in emoji_pairs(wordings_per_fact, leave_out=leave_out)}
+  rows_of = collections.defaultdict(list)
+  for stored in SPLITS:
+    for row in _rows('pairs', stored, data_dir):
+      rows_of[split_of.get(_text(row['id']))].append(row)
   tables = {}
   for split in SPLITS:
-    rows = [row for row in _rows('pairs', split, data_dir) if _text(row['id']) in wanted]
+    rows = rows_of[split]
     pairs = tuple(
       KnowledgePair(
         split=split,

@@ -29,7 +29,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 from eru_jax.data import emoji as emoji_lib
-from eru_jax.data.pairs import KnowledgePair
+from eru_jax.data.pairs import KnowledgePair, hold_out
 from eru_jax.errors import UserError
 
 FACTS_FILE = pathlib.Path(__file__).parent / 'knowledge' / 'facts.jsonl'
@@ -114,7 +114,9 @@ def read_facts(path: pathlib.Path = FACTS_FILE) -> tuple[Fact, ...]:
 
 
 def emoji_pairs(
-  wordings_per_fact: int = TRAIN_WORDINGS, facts: Sequence[Fact] | None = None
+  wordings_per_fact: int = TRAIN_WORDINGS,
+  facts: Sequence[Fact] | None = None,
+  leave_out: str = '',
 ) -> list[KnowledgePair]:
   """Expands facts into pairs of all five SPLITS.
 
@@ -122,6 +124,8 @@ def emoji_pairs(
     wordings_per_fact: 1 to TRAIN_WORDINGS wordings a fact in split 'train', the first ones. The
       other splits do not change.
     facts: by default those of the package.
+    leave_out: a kind of knowledge or a fact's id, held out with all its wordings by
+      `pairs.hold_out`; '' leaves everything where it is.
 
   Returns:
     Pairs whose `explicit` is an emoji's name. Ids are '<fact>/<wording>',
@@ -129,19 +133,21 @@ def emoji_pairs(
     `category` is the kind of knowledge of a fact, and of a bare name that of its emoji.
 
   Raises:
-    UserError: for another number of wordings, or if the emoji packages are missing.
+    UserError: for another number of wordings, if there is nothing to leave out under that name,
+      or if the emoji packages are missing.
   """
   if not 1 <= wordings_per_fact <= TRAIN_WORDINGS:
     raise UserError(f'wordings_per_fact is {wordings_per_fact}: choose 1 to {TRAIN_WORDINGS}.')
   facts = read_facts() if facts is None else facts
   by_character = {e.character: e for e in emoji_lib.catalogue()}
   pairs: dict[str, list[KnowledgePair]] = {split: [] for split in SPLITS}
+  spare: set[str] = set()
 
   for fact in facts:
     unseen_split = 'fact' if fact.split == 'fact' else 'wording'
-    texts = [
-      ('train', f'{fact.id}/{i}', text) for i, text in enumerate(fact.wordings[:wordings_per_fact])
-    ] + [(unseen_split, f'{fact.id}/unseen/{i}', text) for i, text in enumerate(fact.unseen)]
+    texts = [('train', f'{fact.id}/{i}', text) for i, text in enumerate(fact.wordings)]
+    spare.update(pair_id for _, pair_id, _ in texts[wordings_per_fact:])
+    texts += [(unseen_split, f'{fact.id}/unseen/{i}', text) for i, text in enumerate(fact.unseen)]
     for split, pair_id, text in texts:
       name = by_character[fact.emoji].name
       pairs[split].append(KnowledgePair(text, name, fact.category, split, pair_id))
@@ -156,7 +162,10 @@ def emoji_pairs(
       for e in emoji_lib.catalogue()
       if e.character in characters
     ]
-  return [pair for split in SPLITS for pair in pairs[split]]
+  all_pairs = [pair for split in SPLITS for pair in pairs[split]]
+  if leave_out:
+    all_pairs = hold_out(all_pairs, leave_out, 'emoji_knowledge')
+  return [pair for pair in all_pairs if pair.split != 'train' or pair.id not in spare]
 
 
 def validate_facts(facts: Iterable[Fact]) -> list[str]:

@@ -10,16 +10,19 @@ optional. Blank lines are skipped. Everything else is an error that names its li
 
 import collections
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 
+# Prompts that name what they show; those of every other split mean it.
+EXPLICIT_SPLITS = ('explicit', 'unrelated')
 _REQUIRED = ('implicit', 'explicit')
 _OPTIONAL = ('category', 'split', 'id', 'subject_span', 'image')
 # Control characters, invisible formatting, separators.
@@ -55,6 +58,11 @@ def normalise(prompt: str) -> str:
   return ' '.join(prompt.casefold().split())
 
 
+def without_article(prompt: str) -> str:
+  """The normal form of a prompt without 'a', 'an' or 'the' in front: what it names."""
+  return normalise(prompt).removeprefix('a ').removeprefix('an ').removeprefix('the ')
+
+
 def is_blank(text: str) -> bool:
   """Whether a text says nothing: white space, control characters, invisible formatting."""
   return all(unicodedata.category(character) in _BLANK for character in text)
@@ -66,6 +74,70 @@ def by_split(pairs: Iterable[KnowledgePair]) -> dict[str, list[KnowledgePair]]:
   for pair in pairs:
     groups[pair.split].append(pair)
   return dict(groups)
+
+
+def fact_of(pair: KnowledgePair) -> str:
+  """The fact a pair belongs to: its id, as far as the first '/' if there is one."""
+  return pair.id.partition('/')[0]
+
+
+def folds(pairs: Iterable[KnowledgePair], kind: Literal['category', 'fact']) -> list[str]:
+  """Every value that `hold_out` takes of one kind, in order of appearance.
+
+  One run a fold, with `data.leave_out` set to it, is leave-one-out over kinds of knowledge or over
+  facts. Facts that split 'fact' holds anyway are folds too: leaving one out changes no training
+  prompt, so all of these can share a run.
+  """
+  asked = [pair for pair in pairs if pair.split not in EXPLICIT_SPLITS]
+  found = [pair.category if kind == 'category' else fact_of(pair) for pair in asked]
+  return list(dict.fromkeys(name for name in found if name))
+
+
+def hold_out(pairs: Sequence[KnowledgePair], what: str, source: str) -> list[KnowledgePair]:
+  """Leaves a kind of knowledge or one fact out of training, to be asked about instead.
+
+  Args:
+    pairs: of all splits.
+    what: a category; or else a fact as `fact_of` names it, or a pair's id.
+    source: what an error calls the pairs.
+
+  Returns:
+    The pairs in order. Split 'fact' is every implicit prompt that is left out, whichever split it
+    was in, and no other. Whatever else has one of their answers, or one of their prompts with
+    another answer, is gone, so that nothing of them is trained.
+
+  Raises:
+    UserError: if nothing matches, naming the categories and the nearest ids, or if nothing is left
+      to train on.
+  """
+  asked = [pair for pair in pairs if pair.split not in EXPLICIT_SPLITS]
+  out = [pair for pair in asked if pair.category == what] or [
+    pair for pair in asked if what in (fact_of(pair), pair.id)
+  ]
+  if not out:
+    ids = {pair.id if '/' in what else fact_of(pair) for pair in asked}
+    near = difflib.get_close_matches(what, sorted(ids), 3, cutoff=0)
+    raise UserError(
+      f'{source}: leave_out is {what!r}, which is no category '
+      f'({", ".join(sorted(folds(pairs, "category"))) or "the pairs have none"}) '
+      f'and no id (the nearest: {", ".join(near)}).'
+    )
+  chosen = set(out)
+  answers = {without_article(pair.explicit) for pair in out}
+  prompts = {normalise(pair.implicit) for pair in out}
+  kept = []
+  for pair in pairs:
+    known = without_article(pair.explicit) in answers or normalise(pair.implicit) in prompts
+    if pair in chosen:
+      kept.append(dataclasses.replace(pair, split='fact'))
+    elif pair.split != 'fact' and not known:
+      kept.append(pair)
+  if all(pair.split != 'train' for pair in kept):
+    raise UserError(
+      f'{source}: without {what!r} no pair of split "train" is left, so there is nothing to learn '
+      'from: leave out less.'
+    )
+  return kept
 
 
 def read_prompt_file(path: str | os.PathLike) -> list[KnowledgePair]:

@@ -9,11 +9,15 @@ import numpy as np
 
 from eru_jax.data.emoji_knowledge import PairTable, PictureTable, load_pairs, load_pictures
 from eru_jax.data.emoji_pairs import TRAIN_WORDINGS
-from eru_jax.data.pairs import KnowledgePair, normalise, read_prompt_file
+from eru_jax.data.pairs import (
+  KnowledgePair,
+  by_split,
+  hold_out,
+  normalise,
+  read_prompt_file,
+  without_article,
+)
 from eru_jax.errors import UserError
-
-# Prompts that name what they show; those of every other split mean it.
-EXPLICIT_SPLITS = ('explicit', 'unrelated')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +48,8 @@ def answers(pictures: PictureTable, pairs: Sequence[KnowledgePair], source: str)
   known = {normalise(name): index for index, name in enumerate(pictures.names)}
   found = []
   for pair in pairs:
-    name = normalise(pair.explicit)
-    bare = name.removeprefix('a ').removeprefix('an ').removeprefix('the ')
-    index = known.get(name, known.get(bare))
+    bare = without_article(pair.explicit)
+    index = known.get(normalise(pair.explicit), known.get(bare))
     if index is None:
       near = difflib.get_close_matches(bare, known, 3)
       hint = f'Near ones: {", ".join(near)}.' if near else 'See `eru_jax.data.emoji.catalogue()`.'
@@ -59,7 +62,11 @@ def answers(pictures: PictureTable, pairs: Sequence[KnowledgePair], source: str)
 
 
 def load_world(
-  pairs: str, cache: pathlib.Path, wordings_per_fact: int = TRAIN_WORDINGS, max_facts: int = 0
+  pairs: str,
+  cache: pathlib.Path,
+  wordings_per_fact: int = TRAIN_WORDINGS,
+  max_facts: int = 0,
+  leave_out: str = '',
 ) -> World:
   """Opens the emoji world with its own knowledge, or with a user's prompt file.
 
@@ -69,32 +76,34 @@ def load_world(
     wordings_per_fact: training wordings used per fact of 'emoji_knowledge'.
     max_facts: at most so many of its facts in the splits train, wording and explicit; 0 takes
       all.
+    leave_out: a category, a fact or a pair that is asked about in split 'fact' and not trained, see
+      `pairs.hold_out`; '' leaves every pair in its split.
 
   Raises:
-    UserError: for a bad file, or a file without training pairs.
+    UserError: for a bad file, a file without training pairs, or nothing to leave out.
   """
   pictures = load_pictures(cache / 'datasets')
-  own = load_pairs(cache / 'datasets', wordings_per_fact)
   if pairs == 'emoji_knowledge':
+    own = load_pairs(cache / 'datasets', wordings_per_fact, leave_out)
     return World(pictures, _fewer_facts(own, max_facts) if max_facts else own)
-  by_split: dict[str, list[KnowledgePair]] = {}
-  for pair in read_prompt_file(pairs):
-    by_split.setdefault(pair.split, []).append(pair)
-  if 'train' not in by_split:
+  given = read_prompt_file(pairs)
+  if all(pair.split != 'train' for pair in given):
     raise UserError(f'{pairs}: no pair has split "train", so there is nothing to learn from.')
+  # Before anything is left out, so that every fold is compared on the same unrelated names.
+  taken = answers(pictures, given, pairs)
+  groups = by_split(hold_out(given, leave_out, pairs) if leave_out else given)
   tables = {
-    split: PairTable(tuple(rows), answers(pictures, rows, pairs))
-    for split, rows in by_split.items()
+    split: PairTable(tuple(rows), answers(pictures, rows, pairs)) for split, rows in groups.items()
   }
   if 'explicit' not in tables:
-    anchors = {pair.explicit: pair for pair in by_split['train']}
+    anchors = {pair.explicit: pair for pair in groups['train']}
     rows = tuple(
       dataclasses.replace(pair, implicit=pair.explicit, split='explicit', subject_span=None)
       for pair in anchors.values()
     )
     tables['explicit'] = PairTable(rows, answers(pictures, rows, pairs))
-  taken = np.concatenate([table.index for table in tables.values()])
-  return World(pictures, {'unrelated': _without(own['unrelated'], taken), **tables})
+  unrelated = _without(load_pairs(cache / 'datasets')['unrelated'], taken)
+  return World(pictures, {'unrelated': unrelated, **tables})
 
 
 def _without(table: PairTable, taken: np.ndarray) -> PairTable:

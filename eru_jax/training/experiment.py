@@ -268,7 +268,9 @@ def open_experiment(
   """
   config = resolve(config)
   data = config.data
-  world = load_world(data.pairs, cache_directory(), data.wordings_per_fact, data.max_facts)
+  world = load_world(
+    data.pairs, cache_directory(), data.wordings_per_fact, data.max_facts, data.leave_out
+  )
   size = world.pictures.images.shape[1]
   if config.model.resolution != size and not any_size:
     raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from eru_jax.data.world import EXPLICIT_SPLITS
+from eru_jax.data.pairs import EXPLICIT_SPLITS
 from eru_jax.training.evaluation import Evaluation, gallery, selected
 from eru_jax.training.experiment import Experiment
 from eru_jax.training.pictures import image_grid, save_png
