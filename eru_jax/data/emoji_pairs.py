@@ -5,7 +5,8 @@ the emoji without naming it. Eight of a fact were written together, and the two 
 sha256 set aside; six more, for training, were written later without sight of those two. About an
 eighth of the *emoji* are held out with all their facts: the smallest sha256 of the character within
 each kind of knowledge. Both choices were made once and are stored in the file, so that later facts
-move none. The splits:
+move none. What came near a wording of another split, of whichever fact, was written anew. The
+splits:
 
   train      the wordings of each fact that is trained
   wording    two unseen ones: known fact, new words
@@ -13,7 +14,8 @@ move none. The splits:
   explicit   the names of the emoji that training asks for (implicit == explicit)
   unrelated  names of emoji that no fact mentions (implicit == explicit): did anything else move?
 
-`python -m eru_jax.data.emoji_pairs` checks the file and prints how much there is of everything.
+`python -m eru_jax.data.emoji_pairs` checks the file, spelling and lengths included where the
+packages for that are installed, and prints how much there is of everything.
 """
 
 import collections
@@ -26,9 +28,10 @@ import pathlib
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from eru_jax.data import emoji as emoji_lib
+from eru_jax.data import spelling
 from eru_jax.data.pairs import KnowledgePair, hold_out
 from eru_jax.errors import UserError
 
@@ -42,6 +45,8 @@ UNRELATED = 128
 
 # Share of content words from which an unseen wording counts as a training wording written anew.
 NEAR_DUPLICATE = 0.5
+# What the models of the emoji world read of a prompt, the encoder's two marks included.
+MAX_TOKENS = 24
 
 # Words of a name that give nothing away when a prompt holds them.
 _STOP_WORDS = frozenset(
@@ -168,13 +173,24 @@ def emoji_pairs(
   return [pair for pair in all_pairs if pair.split != 'train' or pair.id not in spare]
 
 
-def validate_facts(facts: Iterable[Fact]) -> list[str]:
+def validate_facts(
+  facts: Sequence[Fact],
+  dictionary: Container[str] | None = None,
+  count_tokens: Callable[[str], int] | None = None,
+) -> list[str]:
   """Checks everything a report about the emoji world relies on.
 
   Ids, emoji, kinds of knowledge and numbers of wordings; that no wording names its answer
   (plurals, derivatives and demonyms included) or is the name of any emoji; that no wording
-  occurs twice, and no unseen one shares half of its content words with a training wording of the
-  same fact; that an emoji is held out with all of its facts.
+  occurs twice, and no unseen one shares half of its content words with a training wording of any
+  fact; that an emoji is held out with all of its facts; spelling, and that models read wordings to
+  their end.
+
+  Args:
+    facts: all of them, as wordings are compared with those of other facts.
+    dictionary: English words in lower case, for what `knowledge/words.txt` does not list; None
+      leaves spelling unchecked.
+    count_tokens: counts the tokens of a text; None leaves lengths unchecked.
 
   Returns:
     One line a problem, none if all is well.
@@ -194,13 +210,38 @@ def validate_facts(facts: Iterable[Fact]) -> list[str]:
       if (key := _key(wording)) in used:
         found.append(f'{used[key]} has the same wording: {wording}')
       used[key] = fact.id
+      if dictionary is not None:
+        wrong = spelling.misspelt(wording, dictionary, spelling.read_words())
+        found += [f'{word!r} is in no dictionary and not in words.txt: {wording}' for word in wrong]
+      if count_tokens is not None and (count := count_tokens(wording)) > MAX_TOKENS:
+        found.append(f'{count} tokens are more than {MAX_TOKENS}, the end is not read: {wording}')
     problems += [f'{fact.id}: {text}' for text in found]
-  return problems
+  return problems + list(_near_duplicates(facts))
+
+
+def _near_duplicates(facts: Sequence[Fact]) -> Iterator[str]:
+  trained = [(fact.id, text, _content(text)) for fact in facts for text in fact.wordings]
+  # Few pairs of wordings share a word at all: looking those up beats comparing all with all.
+  places: dict[str, list[int]] = collections.defaultdict(list)
+  for place, (_, _, words) in enumerate(trained):
+    for word in words:
+      places[word].append(place)
+  for fact in facts:
+    for unseen in fact.unseen:
+      words = _content(unseen)
+      shared = collections.Counter(itertools.chain(*(places.get(word, ()) for word in words)))
+      for place, count in shared.items():
+        other, wording, others = trained[place]
+        if count / len(words | others) >= NEAR_DUPLICATE:
+          owner = '' if other == fact.id else f' of {other}'
+          yield (
+            f'{fact.id}: the unseen wording {unseen!r} is nearly the training wording '
+            f'{wording!r}{owner}'
+          )
 
 
 def _problems_within(fact: Fact) -> Iterator[str]:
-  names = {e.character: e.name for e in emoji_lib.catalogue()}
-  keys_of_names = {_key(name) for name in names.values()}
+  names, keys_of_names = _names()
   if not re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', fact.id):
     yield 'the id is no slug'
   if fact.category not in CATEGORIES:
@@ -223,17 +264,22 @@ def _problems_within(fact: Fact) -> Iterator[str]:
       yield f'{word!r} names the answer {names[fact.emoji]!r}: {wording}'
     if _key(wording) in keys_of_names:
       yield f'this is the name of an emoji: {wording}'
-  for unseen, wording in itertools.product(fact.unseen, fact.wordings):
-    if overlap(unseen, wording) >= NEAR_DUPLICATE:
-      yield f'the unseen wording {unseen!r} is nearly the training wording {wording!r}'
+
+
+@functools.cache
+def _names() -> tuple[dict[str, str], frozenset[str]]:
+  names = {e.character: e.name for e in emoji_lib.catalogue()}
+  return names, frozenset(_key(name) for name in names.values())
 
 
 def overlap(a: str, b: str) -> float:
   """Content words two prompts share over content words they have together (Jaccard), 0 to 1."""
-  first, second = (
-    {_singular(word) for word in _words(text) if word not in _FUNCTION_WORDS} for text in (a, b)
-  )
+  first, second = _content(a), _content(b)
   return len(first & second) / max(1, len(first | second))
+
+
+def _content(text: str) -> set[str]:
+  return {_singular(word) for word in _words(text) if word not in _FUNCTION_WORDS}
 
 
 def leak(name: str, prompt: str) -> str | None:
@@ -319,10 +365,20 @@ def summary(facts: Sequence[Fact]) -> str:
 
 def main() -> int:
   """Prints problems and counts of the package's facts; 1 if there is a problem."""
+  unchecked = []
+  if (dictionary := spelling.dictionary()) is None:
+    unchecked.append(f'Spelling is not checked: pip install {spelling.DICTIONARY_PACKAGE}.')
+  try:
+    from eru_jax.data.text_encoder import token_counter
+
+    count_tokens = token_counter()
+  except UserError as error:
+    count_tokens = None
+    unchecked.append(f'Lengths are not checked. {error}')
   try:
     facts = read_facts()
-    problems = validate_facts(facts)
-    print('\n'.join(problems + [summary(facts), f'{len(problems)} problems']))
+    problems = validate_facts(facts, dictionary, count_tokens)
+    print('\n'.join(problems + [summary(facts), *unchecked, f'{len(problems)} problems']))
   except UserError as error:
     print(error, file=sys.stderr)
     return 2

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -176,13 +176,7 @@ def load_minilm(directory: str | None = None, max_length: int = 24) -> TextEncod
   Raises:
     UserError: if the package or a file is missing, or a file does not fit.
   """
-  root = package_directory(_PACKAGE) / 'model' if directory is None else pathlib.Path(directory)
-  missing = [n for n in (_CONFIG, _WEIGHTS, _TOKENIZER) if not (root / n).is_file()]
-  if missing:
-    raise UserError(
-      f"The text encoder's directory {root} lacks {', '.join(missing)}: give one in the Hugging "
-      'Face layout, or None for the installed package.'
-    )
+  root = _model_directory(directory)
   digest = hashlib.sha256()
   for name in (_CONFIG, _WEIGHTS, _TOKENIZER):
     with open(root / name, 'rb') as file:
@@ -195,6 +189,31 @@ def load_minilm(directory: str | None = None, max_length: int = 24) -> TextEncod
     files_digest=digest.hexdigest(),
     max_length=max_length,
   )
+
+
+def token_counter(directory: str | None = None) -> Callable[[str], int]:
+  """A function that counts a prompt's tokens, [CLS] and [SEP] included.
+
+  Args:
+    directory: as of `load_minilm`.
+
+  Raises:
+    UserError: as `load_minilm`, whose weights are not read.
+  """
+  root = _model_directory(directory)
+  tokenizer = _load_tokenizer(root / _TOKENIZER, _load_config(root / _CONFIG).vocab_size)
+  return lambda prompt: len(tokenizer.encode(prompt).ids)
+
+
+def _model_directory(directory: str | None) -> pathlib.Path:
+  root = package_directory(_PACKAGE) / 'model' if directory is None else pathlib.Path(directory)
+  missing = [n for n in (_CONFIG, _WEIGHTS, _TOKENIZER) if not (root / n).is_file()]
+  if missing:
+    raise UserError(
+      f"The text encoder's directory {root} lacks {', '.join(missing)}: give one in the Hugging "
+      'Face layout, or None for the installed package.'
+    )
+  return root
 
 
 def _load_config(path: pathlib.Path) -> BertConfig:
