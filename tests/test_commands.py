@@ -150,6 +150,27 @@ def test_bad_prompt_files(content, words, tmp_path, tiny_config, capsys):
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  ('leave_out', 'words'),
+  [
+    ('pears:1', "leave_out is 'pears:1', which is no category .* nearest: pairs:1"),
+    ('food', 'without \'food\' no pair of split "train" is left'),
+  ],
+)
+def test_leaving_out_what_is_not_there_or_all_there_is(leave_out, words, tmp_path, tiny_config):
+  """From --config.data.leave_out to the error, in this process."""
+  from eru_jax.config_file import load_config
+  from eru_jax.errors import UserError
+  from eru_jax.training.run import train
+
+  path = tmp_path / 'pairs.jsonl'
+  path.write_text(PAIR.replace('"id": "a"', '"category": "food"') + '\n')
+  (tmp_path / 'c.py').write_text(f'def get_config():\n  return {tiny_config!r}\n')
+  overrides = {'data.pairs': str(path), 'data.leave_out': leave_out}
+  with pytest.raises(UserError, match=words):
+    train(load_config(str(tmp_path / 'c.py'), overrides), str(tmp_path / 'w'))
+
+
 def test_bad_prompt_file_at_the_command_line(tmp_path, tiny_config):
   (tmp_path / 'c.py').write_text(f'def get_config():\n  return {tiny_config!r}\n')
   (tmp_path / 'mine.jsonl').write_text(f'{PAIR}\nnot json\n')

@@ -1,5 +1,6 @@
 """Prompt files: what is read, what is refused, and in which words."""
 
+import dataclasses
 import json
 
 import pytest
@@ -115,6 +116,53 @@ def test_a_refused_write_leaves_the_old_file(tmp_path):
   assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == [path]
   with pytest.raises(UserError, match='cannot be written'):
     pairs.write_prompt_file(path / 'x.jsonl', [KnowledgePair(**_APPLE)])
+
+
+def test_a_fold_is_a_category_or_a_fact_and_names_are_none():
+  items = [
+    KnowledgePair('i1', 'x', 'culture', 'train', 'a/0'),
+    KnowledgePair('i2', 'x', 'culture', 'wording', 'a/unseen/0'),
+    KnowledgePair('i3', 'y', None, 'train', 'b'),
+    KnowledgePair('y', 'y', 'objects', 'explicit', 'explicit/y'),
+  ]
+  assert pairs.folds(items, 'category') == ['culture']
+  assert pairs.folds(items, 'fact') == ['a', 'b']
+
+
+def test_what_is_held_out_leaves_nothing_of_it_behind():
+  apple = KnowledgePair('what fell on Newton', 'a red apple', 'physics', 'train', 'a/0')
+  kept = KnowledgePair('what bees make', 'honey pot', 'food', 'train', 'd/0')
+  items = [
+    apple,
+    KnowledgePair('it hit Newton', 'Red Apple', 'physics', 'test', 'a/1'),
+    # Of another fact, but with the same answer or the same prompt.
+    KnowledgePair('the doctor hates it', 'red apple', 'culture', 'wording', 'b/0'),
+    KnowledgePair('What fell  on newton', 'green apple', 'culture', 'train', 'c/0'),
+    KnowledgePair('red apple', 'red apple', 'physics', 'explicit', 'explicit/red-apple'),
+    kept,
+    KnowledgePair('it purrs', 'cat', 'biology', 'fact', 'e/0'),
+  ]
+  expected = [dataclasses.replace(pair, split='fact') for pair in items[:2]]
+  for what in ('physics', 'a'):
+    assert pairs.hold_out(items, what, 'here') == [*expected, kept]
+  assert pairs.hold_out(items, 'a/0', 'here') == [expected[0], kept]
+  assert pairs.hold_out(items, 'e', 'here') == [pair for pair in items if pair.id != 'f']
+
+
+def test_what_cannot_be_held_out_is_said_in_one_sentence():
+  items = [
+    KnowledgePair('what bees make', 'honey pot', 'food', 'train', 'honey/0'),
+    KnowledgePair('it purrs', 'cat', 'animals', 'fact', 'cat/0'),
+  ]
+  for what, near in (('hony', 'nearest: honey, cat'), ('honey/1', 'nearest: honey/0, cat/0')):
+    with pytest.raises(UserError, match=f"here: leave_out is '{what}'.*animals, food.*{near}") as e:
+      pairs.hold_out(items, what, 'here')
+    assert '\n' not in str(e.value)
+  with pytest.raises(UserError, match='here: without .food. no pair of split "train" is left'):
+    pairs.hold_out(items, 'food', 'here')
+  bare = [KnowledgePair('what bees make', 'honey pot', id='honey')]
+  with pytest.raises(UserError, match='the pairs have none'):
+    pairs.hold_out(bare, 'food', 'here')
 
 
 def test_by_split_keeps_order():
