@@ -309,7 +309,8 @@ def critic_loss(
 
   Returns:
     The loss () whose gradient is zero for the one whose turn it is not, and `dmd_gradient`,
-    `critic` and `preservation`, zero where they were not computed.
+    `critic` and `preservation`: zero in the other's turns, and else such that their mean over a
+    round is what they are.
   """
   del step
   keys = jax.random.split(key, 5)
@@ -317,7 +318,7 @@ def critic_loss(
   count = rolled['t'].shape[0]
   noise = stage.noise(keys[0], count)
   t = jnp.clip(stage.times(keys[1], count), *dmd.TIME_RANGE)
-  zero = jnp.zeros(())
+  zero, updates = jnp.zeros(()), stage.config.critic_updates
 
   def pictures(student):
     velocity = student(rolled['x_t'], rolled['t'], rolled['implicit']).astype(jnp.float32)
@@ -334,12 +335,14 @@ def critic_loss(
       student, teacher, {'preservation': _preserved(stage, frozen, batch, keys[2:5])}
     )['preservation']
     loss = matched + stage.config.preservation_weight * kept
-    return loss, {'critic': zero, 'preservation': kept, **measured}
+    measured = jax.tree.map(lambda x: (updates + 1) * x, {'preservation': kept, **measured})
+    return loss, {'critic': zero, **measured}
 
   def move_critic(params):
     student, critic = (stage.student(frozen, part) for part in params)
     x_0 = jax.lax.stop_gradient(pictures(student))
     loss, measured = dmd.critic_matching(critic, x_0, noise, t, rolled['implicit'])
+    measured = jax.tree.map(lambda x: (updates + 1) / updates * x, measured)
     return loss, {**measured, 'preservation': zero, 'dmd_gradient': zero}
 
   return jax.lax.cond(batch['students_turn'][0], move_student, move_critic, params)

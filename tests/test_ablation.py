@@ -1,0 +1,106 @@
+"""The ablation's bookkeeping; whether its rows train is the slow test's question."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
+
+
+@pytest.fixture(scope='module')
+def modules():
+  sys.path.insert(0, str(BENCHMARKS))
+  yield importlib.import_module('ablation'), importlib.import_module('ablation_rows')
+  sys.path.remove(str(BENCHMARKS))
+
+
+def test_every_row_is_a_config_of_its_own(modules):
+  """Names and directories are unique, starts exist before they are needed, values are valid."""
+  from eru_jax.training.config import to_json
+  from eru_jax.training.variants import dk_dm, no_rl
+
+  ablation, rows = modules
+  names = [row.name for row in rows.ROWS]
+  assert len({ablation.slug(name) for name in names}) == len(names)
+  seen, variants = {}, {'dk_dm': set(), 'no_rl': set()}
+  for i, row in enumerate(rows.ROWS):
+    config = ablation.config_of(row, seed=3)
+    assert config.seed == 3
+    assert row.start == 'base' or row.start in names[:i]
+    if row.name not in ('base', 'mixture'):
+      key = json.dumps(to_json(config), sort_keys=True)
+      assert key not in seen, (row.name, seen[key])
+      seen[key] = row.name
+    for stage in config.stages:
+      variants[stage].add(config.stage(stage).variant)
+  assert variants == {'dk_dm': set(dk_dm.VARIANTS), 'no_rl': set(no_rl.VARIANTS)}
+
+
+def test_quick_is_quick(modules):
+  ablation, rows = modules
+  config = ablation.config_of(rows.ROWS[1], seed=0, quick=True)
+  assert config.dk_dm.num_steps == 2 and config.data.max_facts == 8
+
+
+def test_intervals_resample_seeds_and_prompts(modules):
+  ablation, _ = modules
+  rng = np.random.default_rng(1)
+  verdicts = (rng.random((3, 400)) < 0.3).astype(int)
+  mean, low, high = ablation.resampled(verdicts)
+  assert mean == verdicts.mean() and low < mean < high
+  # Independent verdicts: seeds and prompts resampled together, at most twice the binomial's width.
+  width = 2 * 1.96 * (0.3 * 0.7 / 1200) ** 0.5
+  assert 0.9 * width < high - low < 2.2 * width
+  # What one seed learnt and the others did not is uncertain, however many prompts there are.
+  split = np.repeat([[1], [0], [0]], 400, 1)
+  assert ablation.resampled(split)[1:] == (0.0, 1.0)
+  assert ablation.resampled(np.ones((2, 5))) == (1.0, 1.0, 1.0)
+
+
+def test_summary_and_table(modules):
+  ablation, rows = modules
+  right = {split: '0110' for split in ablation._SPLITS}
+  one = {'right': right, 'drift': 0.1, 'diversity': 0.2, 'seconds': 9.0}
+  two = {'right': {**right, 'wording': '1111'}, 'drift': 0.3, 'diversity': 0.2, 'seconds': 4.0}
+  found = ablation.summarise([one, two])
+  assert found['wording'][0] == 0.75 and abs(found['wording'][3] - 0.5 / 2**0.5) < 1e-12
+  assert found['seconds'] == 4.0 and abs(found['drift'] - 0.2) < 1e-12 and found['seeds'] == 2
+  text = ablation.table(rows.ROWS, {'mixture': found, 'base': ablation.summarise([one])})
+  assert '| mixture | 2 | 75.0 ± 35.4 (' in text and '| base | 1 | 50.0 (' in text
+  assert '**NO-RL**' not in text
+
+
+def test_unknown_rows_are_refused(modules):
+  from absl import app
+
+  ablation, rows = modules
+  assert ablation.chosen_rows([]) == rows.ROWS
+  assert len(ablation.chosen_rows(['c'])) == 2
+  with pytest.raises(app.UsageError, match=r"No row begins with \['N7'\]; there are 'base'"):
+    ablation.chosen_rows(['N7'])
+
+
+@pytest.mark.slow
+def test_rows_train_and_are_not_trained_twice(emoji_cache, tmp_path):
+  del emoji_cache
+  command = [
+    sys.executable,
+    str(BENCHMARKS / 'ablation.py'),
+    f'--workdir={tmp_path / "work"}',
+    f'--output={tmp_path / "out"}',
+    '--quick',
+    '--seeds=1',
+    '--rows=base,mixture,c,N1 from,N3',
+  ]
+  first = subprocess.run(command, capture_output=True, text=True, check=True)
+  scores = {p: p.read_bytes() for p in (tmp_path / 'work').glob('*/scores.json')}
+  assert len(scores) == 7
+  second = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert json.loads(first.stdout.splitlines()[-1]) == json.loads(second.stdout.splitlines()[-1])
+  assert all(path.read_bytes() == old for path, old in scores.items())
+  assert (tmp_path / 'out' / 'curves.png').stat().st_size > 1000
