@@ -31,7 +31,10 @@ def emoji_cache(tmp_path_factory):
   named = os.environ.get('ERU_JAX_CACHE')
   with pytest.MonkeyPatch.context() as patch:
     if not named:
-      named = str(tmp_path_factory.mktemp('cache'))
+      directory = tmp_path_factory.getbasetemp()
+      if 'PYTEST_XDIST_WORKER' in os.environ:  # The workers of one run share it.
+        directory = directory.parent
+      named = str(directory / 'cache')
       patch.setenv('ERU_JAX_CACHE', named)
     yield named
 
