@@ -22,7 +22,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.wandb_project = ''
   # Unrolled blocks compile longer and step faster on a CPU.
   config.model = dict(source='emoji_base', scan=False)
-  # As many facts as a few minutes on two cores suffice to learn; 0 takes all 323.
+  # As many facts as a few minutes on two cores suffice to learn; 0 takes all 416.
   config.data = dict(pairs='emoji_knowledge', wordings_per_fact=12, max_facts=128)
   # Guidance makes up its mind between two facts whose blend the model would otherwise draw.
   config.sampling = dict(num_steps=8, cfg_scale=3.0)

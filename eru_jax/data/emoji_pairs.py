@@ -5,8 +5,9 @@ the emoji without naming it. Eight of a fact were written together, and the two 
 sha256 set aside; six more, for training, were written later without sight of those two. About an
 eighth of the *emoji* are held out with all their facts: the smallest sha256 of the character within
 each kind of knowledge. Both choices were made once and are stored in the file, so that later facts
-move none. What came near a wording of another split, of whichever fact, was written anew. The
-splits:
+move none. What came near a wording of another split, of whichever fact, was written anew. Facts
+stand in an order that mixes the kinds, later ones at the end of their split, so that the first
+hundred (`data.max_facts`) stay the first hundred. The splits:
 
   train      the wordings of each fact that is trained
   wording    two unseen ones: known fact, new words

@@ -149,7 +149,7 @@ class DataConfig:
   Attributes:
     pairs: 'emoji_knowledge' (in the package) or a JSON Lines file of knowledge pairs.
     wordings_per_fact: of the package's knowledge, training wordings used for each fact.
-    max_facts: of the package's knowledge, facts trained on, evenly spread; 0 takes all.
+    max_facts: of the package's knowledge, the first so many facts are trained on; 0 takes all.
     leave_out: a category, a fact's id or a pair's, to be asked about and not trained: split 'fact'
       becomes all of its prompts, and nothing else with one of its answers stays. '' leaves every
       pair in its split.
