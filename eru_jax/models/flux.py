@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from eru_jax.errors import UserError
 from eru_jax.models.attention import attention
-from eru_jax.models.layers import Dense, LayerNorm, RMSNorm, sinusoidal_embedding, tap
+from eru_jax.models.layers import Dense, LayerNorm, RMSNorm, feature, sinusoidal_embedding, tap
 from eru_jax.types import Conditioning
 
 # The reference feeds 1000 t and 1000 guidance to its sinusoids, and does so exactly once.
@@ -316,15 +316,22 @@ class DoubleStreamBlock(nn.Module):
 
     x = nn.with_logical_constraint(x, ('batch', 'length', 'act_embed'))
     context = nn.with_logical_constraint(context, ('batch', 'length', 'act_embed'))
-    return (tap(self, 'image', x), tap(self, 'text', context)), None
+    x, context = tap(self, 'image', x), tap(self, 'text', context)
+    feature(self, 'image', x)
+    feature(self, 'text', context, None if mask is None else mask[:, : context.shape[1]])
+    return (x, context), None
 
 
 class SingleStreamBlock(nn.Module):
-  """diffusers' FluxSingleTransformerBlock: attention and MLP in parallel on the joint sequence."""
+  """diffusers' FluxSingleTransformerBlock: attention and MLP in parallel on the joint sequence.
+
+  The first `text_length` tokens of the sequence are text.
+  """
 
   config: FluxConfig
   dtype: Any
   implementation: str
+  text_length: int
 
   @nn.compact
   def __call__(
@@ -344,7 +351,11 @@ class SingleStreamBlock(nn.Module):
     out = jnp.concatenate([out, mlp], axis=-1)
     out = Dense(width, axes=('mlp', 'embed'), dtype=dtype, name='proj_out')(out)
     x = nn.with_logical_constraint(x + gate[:, None] * out, ('batch', 'length', 'act_embed'))
-    return tap(self, 'joint', x), None
+    x = tap(self, 'joint', x)
+    length = self.text_length
+    feature(self, 'image', x[:, length:])
+    feature(self, 'text', x[:, :length], None if mask is None else mask[:, :length])
+    return x, None
 
 
 class FluxTransformer(nn.Module):
@@ -364,21 +375,21 @@ class FluxTransformer(nn.Module):
   remat: str = 'none'
   attention: str = 'auto'
 
-  def _stack(self, block: type[nn.Module], length: int, name: str) -> nn.Module:
+  def _stack(self, block: type[nn.Module], length: int, name: str, **fields: Any) -> nn.Module:
     if self.remat not in REMAT_POLICIES:
       raise UserError(f'Unknown remat policy {self.remat!r}: choose one of {list(REMAT_POLICIES)}.')
     if self.remat != 'none':
       block = nn.remat(block, prevent_cse=not self.scan, policy=REMAT_POLICIES[self.remat])
     stack = nn.scan(
       block,
-      variable_axes={'params': 0, 'lora': 0, 'intermediates': 0, 'overrides': 0},
+      variable_axes=dict.fromkeys(('params', 'lora', 'intermediates', 'features', 'overrides'), 0),
       split_rngs={'params': True},
       in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
       length=length,
       unroll=1 if self.scan else length,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    return stack(self.config, self.dtype, self.attention, name=name)
+    return stack(self.config, self.dtype, self.attention, name=name, **fields)
 
   @nn.compact
   def __call__(
@@ -426,7 +437,9 @@ class FluxTransformer(nn.Module):
     double = self._stack(DoubleStreamBlock, cfg.num_layers, 'transformer_blocks')
     (x, context), _ = double((x, context), vector, rotary, mask)
     joint = jnp.concatenate([context, x], axis=1)
-    single = self._stack(SingleStreamBlock, cfg.num_single_layers, 'single_transformer_blocks')
+    single = self._stack(
+      SingleStreamBlock, cfg.num_single_layers, 'single_transformer_blocks', text_length=length
+    )
     joint, _ = single(joint, vector, rotary, mask)
     x = joint[:, length:]
 

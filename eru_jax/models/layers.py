@@ -152,3 +152,24 @@ def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     x = module.get_variable('overrides', name)
   module.sow('intermediates', name, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
   return x
+
+
+def feature(module: nn.Module, name: str, x: jax.Array, mask: jax.Array | None = None) -> None:
+  """Offers the mean of x (B, L, W) over its tokens to whoever asks: a width an example, no more.
+
+  Asking: `apply(..., mutable=['features'])` returns it, (B, W) float32, stacked over scanned
+  blocks. Unasked, nothing is traced: what training compiles stays the same.
+
+  Args:
+    module: the block whose feature it is.
+    name: the stream, 'image' or 'text'.
+    x: activations.
+    mask: (B, L) bool, True where a token is real; None counts all.
+  """
+  if not module.is_mutable_collection('features'):
+    return
+  weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+  # A prompt may have no real token left: its feature is then zero, not NaN.
+  count = jnp.maximum(weights.sum(1), 1)[:, None]
+  mean = jnp.einsum('bl,blw->bw', weights, x.astype(jnp.float32)) / count
+  module.sow('features', name, mean, init_fn=lambda: None, reduce_fn=lambda _, new: new)

@@ -31,6 +31,8 @@ class ModelFamily:
     backbone: module class, built as backbone(config, dtype, scan, remat, attention).
     latent_ids: (rows, columns) of the packed grid -> positions of its tokens.
     packing: edge of the square of latent pixels that makes one token.
+    stacks: module name -> what its blocks are called, in the order in which they run; each block
+      offers `layers.feature`s 'image' and 'text'.
     tiny: keys that shrink `config` for tests and laptops.
   """
 
@@ -39,6 +41,7 @@ class ModelFamily:
   backbone: type[nn.Module]
   latent_ids: Callable[[int, int], np.ndarray]
   packing: int
+  stacks: dict[str, str]
   tiny: dict[str, Any]
 
 
@@ -49,6 +52,7 @@ FAMILIES = {
     backbone=flux.FluxTransformer,
     latent_ids=flux.image_ids,
     packing=2,
+    stacks={'transformer_blocks': 'double', 'single_transformer_blocks': 'single'},
     tiny=dict(
       in_channels=16,
       num_layers=1,
@@ -151,12 +155,7 @@ class DiffusionModel:
     Returns:
       (x_t (B, S, C), t (B,), conditioning) -> (B, S, C) velocity in the model's dtype.
     """
-    if trainable is None:
-      variables = {'params': base}
-    elif self.lora:
-      variables = {'params': base, 'lora': lora_lib.variables(trainable, self.lora)}
-    else:
-      variables = {'params': trainable}
+    variables = self._variables(base, trainable)
     ids = self.family.latent_ids(*self.grid)
 
     def velocity_fn(x_t: jax.Array, t: jax.Array, conditioning: Conditioning) -> jax.Array:
@@ -164,6 +163,38 @@ class DiffusionModel:
       return self.backbone.apply(variables, x_t, t, conditioning, ids, guidance)
 
     return velocity_fn
+
+  def _variables(self, base: PyTree, trainable: PyTree | None) -> dict[str, PyTree]:
+    if trainable is None:
+      return {'params': base}
+    if self.lora:
+      return {'params': base, 'lora': lora_lib.variables(trainable, self.lora)}
+    return {'params': trainable}
+
+  def features(
+    self,
+    base: PyTree,
+    trainable: PyTree | None,
+    x_t: jax.Array,
+    t: jax.Array,
+    conditioning: Conditioning,
+  ) -> dict[str, dict[str, jax.Array]]:
+    """The residual stream after every block, averaged over tokens.
+
+    Args:
+      base, trainable: as in `velocity`.
+      x_t, t, conditioning: as the velocity network takes them.
+
+    Returns:
+      {stack: {'image' and 'text': (blocks, B, width) float32}} for the stacks of the family.
+    """
+    # The same parameters serve both, and what runs but a few times had better compile fast.
+    backbone = self.backbone.clone(scan=True)
+    ids = self.family.latent_ids(*self.grid)
+    guidance = jnp.full(t.shape, self.guidance, jnp.float32)
+    variables = self._variables(base, trainable)
+    _, found = backbone.apply(variables, x_t, t, conditioning, ids, guidance, mutable=['features'])
+    return found['features']
 
   def encode(self, autoencoder_params: PyTree, images: jax.Array) -> jax.Array:
     """Pictures (B, H, W, 3) in [-1, 1] to scaled, packed latents (posterior means)."""
