@@ -92,6 +92,81 @@ def stage_chart(series: Sequence[Series], stages: Sequence[str], description: st
   return _svg(figure, description)
 
 
+def block_chart(
+  series: Sequence[Series],
+  floor: Sequence[float],
+  groups: Sequence[str],
+  description: str,
+  *,
+  percent: bool = False,
+) -> str:
+  """A measure after every block of a network, one line a model.
+
+  Args:
+    series: lines of one point a block, x being the block's index.
+    floor: at every block, what a feature that says nothing has; dashed.
+    groups: what kind of block each one is; where the kind changes, a line is drawn.
+    description: what the chart shows, for those who cannot see it.
+    percent: label y as a percentage.
+
+  Returns:
+    An `<svg>` element; colours and markers are those of `stage_chart`.
+  """
+  figure, axes = _figure()
+  for index in range(1, len(groups)):
+    if groups[index] != groups[index - 1]:
+      axes.axvline(index - 0.5, color=_FAINT, linewidth=0.8)
+  axes.plot(range(len(floor)), floor, color=_INK, linewidth=1.2, linestyle='--', alpha=0.7)
+  for index, one in enumerate(series):
+    colour, marker = _COLOURS[index % SERIES], _MARKERS[index % SERIES]
+    # Markers of a deep network would touch.
+    marker = marker if len(groups) <= 24 else ''
+    axes.plot(one.x, one.y, color=colour, marker=marker, markersize=5, linewidth=1.8)
+  # From zero, or small differences would look large.
+  axes.set_ylim(min(0, axes.get_ylim()[0]), 1.05 * axes.get_ylim()[1])
+  if percent:
+    axes.yaxis.set_major_formatter(lambda share, _: f'{100 * share:.0f} %')
+  step = -(-len(groups) // 12)
+  axes.set_xticks(range(0, len(groups), step), [str(i + 1) for i in range(0, len(groups), step)])
+  axes.set_xlabel('block')
+  return _svg(figure, description)
+
+
+def plane_chart(
+  points: np.ndarray,
+  anchors: np.ndarray,
+  own: np.ndarray,
+  limits: tuple[np.ndarray, np.ndarray],
+  look: int,
+  description: str,
+) -> str:
+  """Points in a plane, each tied to its anchor.
+
+  Args:
+    points: (N, 2).
+    anchors: (A, 2), all of them.
+    own: (N,) row of each point's anchor.
+    limits: lower and upper corner (2,) of what is shown, so that charts can share it.
+    look: which of the colours `--series-{look}`.
+    description: what the chart shows, for those who cannot see it.
+
+  Returns:
+    An `<svg>` element.
+  """
+  figure, axes = _figure((4.4, 4.0))
+  axes.spines['bottom'].set_visible(False)
+  axes.grid(False)
+  axes.set_xticks([])
+  axes.set_yticks([])
+  ends = np.stack([points, anchors[own], np.full_like(points, np.nan)], axis=1).reshape(-1, 2)
+  colour = _COLOURS[look % SERIES]
+  axes.plot(*ends.T, color=colour, linewidth=0.8, alpha=0.45)
+  axes.plot(*anchors.T, 'o', markersize=4, markerfacecolor='none', markeredgecolor=_INK, alpha=0.6)
+  axes.plot(*points.T, 'o', markersize=3.6, color=colour, markeredgewidth=0)
+  axes.set(xlim=(limits[0][0], limits[1][0]), ylim=(limits[0][1], limits[1][1]))
+  return _svg(figure, description)
+
+
 def _block_means(values: np.ndarray) -> np.ndarray:
   """At most _MAX_POINTS values, each the mean of a block; the last block may be shorter."""
   size = -(-len(values) // _MAX_POINTS)
@@ -114,10 +189,10 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
   return np.where(number > 0, mean, np.nan)
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(size: tuple[float, float] = (4.4, 2.7)) -> tuple[Any, Any]:
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(4.4, 2.7), layout='constrained')
+  figure = Figure(figsize=size, layout='constrained')
   axes = figure.subplots()
   axes.spines[['top', 'right', 'left']].set_visible(False)
   axes.spines['bottom'].set_color(_FAINT)

@@ -9,9 +9,11 @@ from typing import Any
 
 from eru_jax.files import replace_file
 from eru_jax.training import curves
+from eru_jax.training.diagnosis import Diagnosis
 from eru_jax.training.report_gallery import GalleryRow as GalleryRow
 from eru_jax.training.report_gallery import gallery
 from eru_jax.training.report_scores import STAGES, accuracy_figure, accuracy_table, table, text
+from eru_jax.training.report_structure import structure
 from eru_jax.training.report_style import CSS
 
 
@@ -28,6 +30,7 @@ class ReportData:
     metrics: rows of `read_metrics`.
     config: the configuration as text.
     notes: remarks for the end of the page, such as warnings and the pictures' licence.
+    diagnosis: how the network's features are organised at every stage, or None.
   """
 
   title: str
@@ -36,6 +39,7 @@ class ReportData:
   metrics: Sequence[Mapping[str, Any]] = ()
   config: str = ''
   notes: Sequence[str] = ()
+  diagnosis: Diagnosis | None = None
 
 
 def write_report(workdir: str | os.PathLike, report: ReportData) -> pathlib.Path:
@@ -49,17 +53,35 @@ def write_report(workdir: str | os.PathLike, report: ReportData) -> pathlib.Path
   return path
 
 
+def write_diagnosis(path: str | os.PathLike, title: str, diagnosis: Diagnosis) -> pathlib.Path:
+  """Writes the section on knowledge structure as a page of its own, and returns its path.
+
+  Raises:
+    UserError: if it cannot be written.
+  """
+  path = pathlib.Path(path)
+  section = ('structure', 'Knowledge structure', structure(diagnosis))
+  replace_file(path, _html(title, '', [section]).encode('utf-8', errors='replace'))
+  return path
+
+
 def _page(report: ReportData) -> str:
   stages = report.summary.get('stages') or {}
   sections = [
     ('pictures', 'Pictures', gallery(report.gallery, stages)),
     ('curves', 'Curves', _curves(report)),
     ('accuracy', 'Accuracy', accuracy_table(stages)),
+    ('structure', 'Knowledge structure', structure(report.diagnosis)),
     ('run', 'Run', _run(report)),
     ('notes', 'Notes', _notes(report.notes)),
   ]
   sections = [section for section in sections if section[2]]
   links = ''.join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)
+  return _html(report.title, f'{_explanation(report)}<nav>{links}</nav>', sections)
+
+
+def _html(title: str, introduction: str, sections: Sequence[tuple[str, str, str]]) -> str:
+  """A page of sections (id, heading, HTML)."""
   body = ''.join(
     f'<section id="{name}"><h2>{heading}</h2>{content}</section>'
     for name, heading, content in sections
@@ -73,11 +95,11 @@ def _page(report: ReportData) -> str:
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{text(report.title)}</title>
+<title>{text(title)}</title>
 <style>{CSS}</style>
 </head>
 <body>
-<header><h1>{text(report.title)}</h1>{_explanation(report)}<nav>{links}</nav></header>
+<header><h1>{text(title)}</h1>{introduction}</header>
 <main>{body}</main>
 <footer>Written by eru_jax. This file is complete in itself: it can be sent and archived.</footer>
 </body>

@@ -98,6 +98,7 @@ figure {
   margin: 0; padding: 1rem; border-radius: 10px; background: var(--panel); max-width: 34rem;
 }
 figcaption { font-size: 0.9rem; margin-bottom: 0.5rem; font-weight: 500; }
+figcaption small { display: block; font-weight: 400; }
 figure svg { display: block; width: 100%; height: auto; }
 .wide { max-width: none; }
 .wide > div { display: flex; flex-wrap: wrap; gap: 0.6rem 1.5rem; align-items: center; }
