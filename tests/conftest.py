@@ -114,7 +114,8 @@ def _tiny_config(tiny_model_dir, tiny_pairs):
     model=dict(source=str(tiny_model_dir), scan=False),
     data=dict(pairs=str(tiny_pairs)),
     sampling=dict(num_steps=2, cfg_scale=2.0),
-    evaluation=dict(max_prompts=4, batch_size=4, gallery=2),
+    # tests/test_diagnose.py turns the diagnosis on; here it would be compiled once a run.
+    evaluation=dict(max_prompts=4, batch_size=4, gallery=2, diagnosis=0),
     dk_dm=dict(
       num_steps=6,
       save_every=2,

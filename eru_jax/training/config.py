@@ -185,12 +185,15 @@ class EvaluationConfig:
     batch_size: pictures made at a time.
     seed: seed of the start noise; prompt k of a split always gets the same noise.
     gallery: prompts of each implicit split shown in the report.
+    diagnosis: at the end of a run, inner features of at most so many prompts of each implicit split
+      are compared with those of their anchors; 0 leaves this out.
   """
 
   max_prompts: int = 256
   batch_size: int = 64
   seed: int = 1234
   gallery: int = 8
+  diagnosis: int = 64
 
   def __post_init__(self):
     require(
@@ -199,6 +202,7 @@ class EvaluationConfig:
       batch_size=(self.batch_size >= 1, 'at least 1'),
       seed=_seed(self.seed),
       gallery=(self.gallery >= 0, 'zero or more'),
+      diagnosis=(self.diagnosis >= 0, 'zero or more'),
     )
 
 

@@ -15,14 +15,16 @@ from typing import Any
 import jax
 
 from eru_jax import sharding
+from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 from eru_jax.rewards.emoji import TemplateJudge
 from eru_jax.training import config as config_lib
 from eru_jax.training import experiment as experiment_lib
 from eru_jax.training import workdir as workdir_lib
+from eru_jax.training.diagnosis import diagnose, pairs_to_compare
 from eru_jax.training.evaluation import Evaluation, evaluate
-from eru_jax.training.experiment import Snapshot
+from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.gallery import gallery_rows, save_grids
 from eru_jax.training.loop import run_stage
 from eru_jax.training.metrics import MetricWriter, read_metrics
@@ -62,6 +64,7 @@ def train(config_values: Any, workdir: str) -> None:
     experiment, snapshot = experiment_lib.open_experiment(config, mesh)
   judge = TemplateJudge(experiment.world.pictures.images)
   evaluations: dict[str, Evaluation] = {}
+  snapshots: dict[str, Snapshot] = {}
 
   def measure(label: str, snapshot: Snapshot) -> None:
     found = workdir_lib.load_evaluation(directory, label)
@@ -69,7 +72,7 @@ def train(config_values: Any, workdir: str) -> None:
       with seconds(f'evaluate {label}'):
         found = evaluate(experiment, snapshot, judge, evaluations.get('base'))
       workdir_lib.save_evaluation(directory, label, found)
-    evaluations[label] = found
+    evaluations[label], snapshots[label] = found, snapshot
     print(f'{label:>10}: ' + describe(found.scores), flush=True)
 
   with MetricWriter(directory, config.wandb_project or None) as writer, sharding.use_mesh(mesh):
@@ -88,6 +91,14 @@ def train(config_values: Any, workdir: str) -> None:
         measure(label, snapshot)
     if set(config.stages) & set(PRETRAINING):
       model_directory.save(directory / 'model', stored_model(experiment.config, snapshot))
+    diagnosis = None
+    groups = _pairs_to_compare(experiment) if snapshots else {}
+    if groups:
+      with seconds('knowledge structure'):
+        seed = config.evaluation.seed
+        diagnosis = diagnose(experiment, snapshots.items(), groups, seed=seed, judge=judge)
+      values = json.dumps(diagnosis.to_json(), indent=1) + '\n'
+      replace_file(directory / 'diagnosis.json', values.encode())
 
   summary = {
     'stages': {label: found.scores for label, found in evaluations.items()},
@@ -106,10 +117,20 @@ def train(config_values: Any, workdir: str) -> None:
       read_metrics(directory / 'metrics.jsonl'),
       json.dumps(config_lib.to_json(config), indent=2),
       _NOTES,
+      diagnosis,
     ),
   )
   replace_file(summary_path, (json.dumps(summary, indent=2) + '\n').encode())
   print(f'Report: {report}')
+
+
+def _pairs_to_compare(experiment: Experiment) -> dict[str, list[KnowledgePair]]:
+  """What the diagnosis is made of; nothing if it is not wanted, or one anchor is all there is."""
+  limit = experiment.config.evaluation.diagnosis
+  splits = {name: table.pairs for name, table in experiment.world.splits.items()}
+  groups = pairs_to_compare(splits, limit) if limit else {}
+  anchors = {pair.explicit for group in groups.values() for pair in group}
+  return groups if len(anchors) > 1 else {}
 
 
 def stored_model(

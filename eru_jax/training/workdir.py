@@ -14,8 +14,8 @@ from eru_jax.training.config import MODEL_NAMES, PAIRS_NAMES, absolute
 from eru_jax.training.evaluation import Evaluation, Generated
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
 
-# What may differ between the runs of one workdir, because no number depends on it.
-_FREE = ('title', 'wandb_project', 'mesh')
+# What may differ between the runs of one workdir, because no score depends on it.
+_FREE = ('title', 'wandb_project', 'mesh', 'evaluation.diagnosis')
 # What a run has achieved. A workdir without any of it belongs to nobody yet.
 _RESULTS = ('checkpoints', 'evaluations', 'metrics.jsonl', 'summary.json', 'model')
 # Key of config.json, beside the config: file -> SHA-256 of what it held when the run began.
@@ -24,11 +24,12 @@ _INPUTS = 'inputs'
 
 def _differences(old: Any, new: Any, where: str = '') -> list[str]:
   if isinstance(old, Mapping) and isinstance(new, Mapping):
-    keys = [key for key in {**old, **new} if where or key not in _FREE]
+    paths = {key: f'{where}.{key}' if where else key for key in {**old, **new}}
     return [
       line
-      for key in keys
-      for line in _differences(old.get(key), new.get(key), f'{where}.{key}' if where else key)
+      for key, path in paths.items()
+      if path not in _FREE
+      for line in _differences(old.get(key), new.get(key), path)
     ]
   return [] if old == new else [f'{where} was {old!r} and is now {new!r}']
 
