@@ -54,7 +54,7 @@ def test_bad_flags(arguments, words, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('module', ['eru_jax.sample', 'eru_jax.evaluate'])
+@pytest.mark.parametrize('module', ['eru_jax.sample', 'eru_jax.evaluate', 'eru_jax.diagnose'])
 def test_bad_flags_of_the_other_commands(module, tmp_path):
   assert '--model and' in refusal(directory=tmp_path, module=module)
   line = refusal('--config.seed=1', directory=tmp_path, module=module)
