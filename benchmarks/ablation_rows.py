@@ -30,8 +30,6 @@ class Row:
 # 32 prompts in each of 100 steps: every prompt is seen five to six times.
 COMMON = {
   'data.max_facts': 48,
-  # Loops compile in a third of the time; in the shipped run, which compiles once, they are slower.
-  'model.scan': True,
   'evaluation.max_prompts': 128,
   'evaluation.gallery': 0,
   'dk_dm.num_steps': 100,
