@@ -11,10 +11,11 @@ into --output. Rows, and what they have in common, are in `ablation_rows.py`.
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 
 import numpy as np
+from ablation_results import SPLITS, draw_curves, summarise, table
+from ablation_rows import COMMON, chosen_rows, config_of, slug
 from absl import app, flags
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/ablation', 'Where checkpoints and scores are kept.')
@@ -23,44 +24,8 @@ _SEEDS = flags.DEFINE_integer('seeds', 3, 'Training seeds, from 0.', lower_bound
 _ROWS = flags.DEFINE_list('rows', [], 'Only these rows, by name (names with commas: by prefix).')
 _QUICK = flags.DEFINE_bool('quick', False, 'A few steps on a few facts: does everything run?')
 
-_CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'emoji.py'
-_SPLITS = ('train', 'wording', 'fact', 'explicit', 'unrelated')
-_QUICK_VALUES = {
-  'data.max_facts': 8,
-  'evaluation.max_prompts': 8,
-  'dk_dm.num_steps': 2,
-  'dk_dm.preserved_names': 8,
-  'no_rl.num_steps': 2,
-}
 # Pictures of one prompt whose mutual distance is the diversity, and of how many prompts.
 _COPIES, _DIVERSITY_PROMPTS = 4, 32
-
-
-def config_of(row, seed, quick=False):
-  """The row's config, resolved."""
-  import ablation_rows
-
-  from eru_jax.config_file import load_config
-  from eru_jax.training.config import ExperimentConfig, from_mapping
-  from eru_jax.training.experiment import resolve
-
-  values = load_config(str(_CONFIG), {})
-  flat = {**ablation_rows.COMMON, **row.values, **(_QUICK_VALUES if quick else {}), 'seed': seed}
-  for key, value in flat.items():
-    *path, last = key.split('.')
-    section = values
-    for part in path:
-      section = section.setdefault(part, {})
-    section[last] = value
-  no_rl = row.group.startswith('NO-RL')
-  values['stages'] = ('no_rl',) if no_rl else ('dk_dm',)
-  if no_rl and row.start != 'base':
-    values['stages'] = ('dk_dm', 'no_rl')
-  return resolve(from_mapping(ExperimentConfig, values))
-
-
-def slug(name):
-  return ''.join(c if c.isalnum() else '-' for c in name.lower())
 
 
 def diversity(experiment, snapshot, judge):
@@ -85,7 +50,7 @@ def measure(experiment, snapshot, judge, base):
   from eru_jax.training.evaluation import generate, selected
 
   right, unrelated = {}, None
-  for split in _SPLITS:
+  for split in SPLITS:
     pairs, answers = selected(experiment, split)
     prompts = [pair.implicit for pair in pairs]
     drawn = generate(experiment, snapshot, judge, prompts, split)
@@ -161,107 +126,8 @@ class Runner:
     return snapshot, seconds
 
 
-def resampled(verdicts, draws=2000):
-  """Mean share and 95 % interval of (seeds, prompts) verdicts; both are resampled."""
-  rng = np.random.default_rng(0)
-  seeds, prompts = verdicts.shape
-  s = rng.integers(seeds, size=(draws, seeds))
-  p = rng.integers(prompts, size=(draws, prompts))
-  means = np.array([verdicts[np.ix_(a, b)].mean() for a, b in zip(s, p, strict=True)])
-  low, high = np.quantile(means, (0.025, 0.975))
-  return float(verdicts.mean()), float(low), float(high)
-
-
-def summarise(per_seed):
-  """A row's {split: [mean, low, high, sd over seeds], 'drift', 'diversity', 'seconds', 'seeds'}."""
-  result = {'seeds': len(per_seed)}
-  for split in _SPLITS:
-    verdicts = np.array([[int(c) for c in scores['right'][split]] for scores in per_seed])
-    deviation = float(verdicts.mean(1).std(ddof=1)) if len(per_seed) > 1 else None
-    result[split] = [*resampled(verdicts), deviation]
-  for name in ('drift', 'diversity'):
-    result[name] = float(np.mean([scores[name] for scores in per_seed]))
-  # The first seed compiles.
-  result['seconds'] = min(scores['seconds'] for scores in per_seed)
-  return result
-
-
-def table(rows, summaries):
-  """Markdown, one table a group."""
-  columns = ('seeds', 'unseen wordings', 'trained', 'new facts', 'explicit', 'unrelated')
-  head = f'| | {" | ".join(columns)} | drift | diversity | processor s |'
-  lines = []
-  for group in dict.fromkeys(row.group for row in rows if row.name in summaries):
-    lines += ['', f'**{group}**', '', head, '|---|' + '---|' * 9]
-    for row in rows:
-      if row.group != group or row.name not in summaries:
-        continue
-      found = summaries[row.name]
-      mean, low, high, deviation = found['wording']
-      spread = '' if deviation is None else f' ± {100 * deviation:.1f}'
-      cells = [f'{100 * mean:.1f}{spread} ({100 * low:.0f}-{100 * high:.0f})']
-      cells += [
-        f'{100 * found[split][0]:.1f}' for split in ('train', 'fact', 'explicit', 'unrelated')
-      ]
-      cells += [f'{found["drift"]:.3f}', f'{found["diversity"]:.3f}', f'{found["seconds"]:.0f}']
-      lines.append(f'| {row.name} | {found["seeds"]} | ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines[1:]) + '\n'
-
-
-def draw_curves(path, rows, summaries):
-  """Accuracy against wordings a fact and against facts: how far what is learnt carries over."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
-  figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-  for axis, group, whole, label in (
-    (panels[0], 'wordings', 12, 'training wordings of each fact (same budget)'),
-    (panels[1], 'facts', 48, 'facts (each prompt seen as often)'),
-  ):
-    found = {int(r.name.split()[0]): summaries[r.name] for r in rows if r.group == group
-             and r.name in summaries}  # fmt: skip
-    if 'mixture' in summaries:
-      found[whole] = summaries['mixture']
-    counts = sorted(found)
-    for split, name, color in (
-      ('train', 'trained wordings', '#8a8f98'),
-      ('wording', 'unseen wordings', '#c2410c'),
-      ('fact', 'facts never trained', '#1d4ed8'),
-    ):
-      mean, low, high = (np.array([100 * found[c][split][i] for c in counts]) for i in range(3))
-      axis.errorbar(counts, mean, (mean - low, high - mean), label=name, color=color, marker='o',
-                    capsize=3, linewidth=1.6, markersize=4)  # fmt: skip
-    axis.set(xscale='log', xlabel=label, ylim=(-3, 103))
-    axis.set_xticks(counts, [str(c) for c in counts])
-    axis.minorticks_off()
-    axis.grid(alpha=0.25)
-    axis.spines[['top', 'right']].set_visible(False)
-  panels[0].set_ylabel('right pictures, %')
-  panels[0].legend(frameon=False, fontsize=8)
-  figure.tight_layout()
-  figure.savefig(path, dpi=140)
-  plt.close(figure)
-
-
-def chosen_rows(wanted):
-  import ablation_rows
-
-  if not wanted:
-    return ablation_rows.ROWS
-  rows = [r for r in ablation_rows.ROWS if any(r.name.startswith(name) for name in wanted)]
-  missing = [name for name in wanted if not any(r.name.startswith(name) for r in rows)]
-  if missing:
-    known = ', '.join(repr(row.name) for row in ablation_rows.ROWS)
-    raise app.UsageError(f'No row begins with {missing}; there are {known}.')
-  return tuple(rows)
-
-
 def main(argv):
   del argv
-  sys.path.insert(0, str(pathlib.Path(__file__).parent))
-  import ablation_rows
   import jax
 
   from eru_jax.training.run import enable_compilation_cache, versions
@@ -280,12 +146,12 @@ def main(argv):
       jax.clear_caches()
       summaries = {name: summarise(per_seed) for name, per_seed in per_row.items()}
       found = summaries[row.name]
-      scores = ', '.join(f'{split} {100 * found[split][0]:.1f}' for split in _SPLITS)
+      scores = ', '.join(f'{split} {100 * found[split][0]:.1f}' for split in SPLITS)
       print(f'{time.monotonic() - began:6.0f} s  seed {seed}  {row.name:32s} {scores}', flush=True)
       results = {
         'versions': versions(),
         'rows': [dataclasses.asdict(row) for row in rows],
-        'common': ablation_rows.COMMON,
+        'common': COMMON,
         'summary': summaries,
         'per seed': per_row,
       }

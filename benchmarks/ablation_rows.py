@@ -6,8 +6,11 @@ six updates in one step) is set such that it sees as many states in as many upda
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from absl import app
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,16 @@ class Row:
   start: str = 'base'
 
 
+_CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'emoji.py'
+
+# A few steps on a few facts: does everything run?
+_QUICK_VALUES = {
+  'data.max_facts': 8,
+  'evaluation.max_prompts': 8,
+  'dk_dm.num_steps': 2,
+  'dk_dm.preserved_names': 8,
+  'no_rl.num_steps': 2,
+}
 # 32 prompts in each of 100 steps: every prompt is seen five to six times.
 COMMON = {
   'data.max_facts': 48,
@@ -128,3 +141,39 @@ ROWS = (
   _lora('LoRA rank 64, everywhere', _EVERYWHERE, 64),
   _lora('LoRA rank 16, context stream', _CONTEXT, 16),
 )
+
+
+def config_of(row, seed, quick=False):
+  """The row's config, resolved."""
+  from eru_jax.config_file import load_config
+  from eru_jax.training.config import ExperimentConfig, from_mapping
+  from eru_jax.training.experiment import resolve
+
+  values = load_config(str(_CONFIG), {})
+  flat = {**COMMON, **row.values, **(_QUICK_VALUES if quick else {}), 'seed': seed}
+  for key, value in flat.items():
+    *path, last = key.split('.')
+    section = values
+    for part in path:
+      section = section.setdefault(part, {})
+    section[last] = value
+  no_rl = row.group.startswith('NO-RL')
+  values['stages'] = ('no_rl',) if no_rl else ('dk_dm',)
+  if no_rl and row.start != 'base':
+    values['stages'] = ('dk_dm', 'no_rl')
+  return resolve(from_mapping(ExperimentConfig, values))
+
+
+def slug(name):
+  return ''.join(c if c.isalnum() else '-' for c in name.lower())
+
+
+def chosen_rows(wanted):
+  if not wanted:
+    return ROWS
+  rows = [r for r in ROWS if any(r.name.startswith(name) for name in wanted)]
+  missing = [name for name in wanted if not any(r.name.startswith(name) for r in rows)]
+  if missing:
+    known = ', '.join(repr(row.name) for row in ROWS)
+    raise app.UsageError(f'No row begins with {missing}; there are {known}.')
+  return tuple(rows)

@@ -15,7 +15,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
 @pytest.fixture(scope='module')
 def modules():
   sys.path.insert(0, str(BENCHMARKS))
-  yield importlib.import_module('ablation'), importlib.import_module('ablation_rows')
+  yield importlib.import_module('ablation_results'), importlib.import_module('ablation_rows')
   sys.path.remove(str(BENCHMARKS))
 
 
@@ -24,12 +24,12 @@ def test_every_row_is_a_config_of_its_own(modules):
   from eru_jax.training.config import to_json
   from eru_jax.training.variants import dk_dm, no_rl
 
-  ablation, rows = modules
+  _, rows = modules
   names = [row.name for row in rows.ROWS]
-  assert len({ablation.slug(name) for name in names}) == len(names)
+  assert len({rows.slug(name) for name in names}) == len(names)
   seen, variants = {}, {'dk_dm': set(), 'no_rl': set()}
   for i, row in enumerate(rows.ROWS):
-    config = ablation.config_of(row, seed=3)
+    config = rows.config_of(row, seed=3)
     assert config.seed == 3
     assert row.start == 'base' or row.start in names[:i]
     if row.name not in ('base', 'mixture'):
@@ -42,35 +42,35 @@ def test_every_row_is_a_config_of_its_own(modules):
 
 
 def test_quick_is_quick(modules):
-  ablation, rows = modules
-  config = ablation.config_of(rows.ROWS[1], seed=0, quick=True)
+  _, rows = modules
+  config = rows.config_of(rows.ROWS[1], seed=0, quick=True)
   assert config.dk_dm.num_steps == 2 and config.data.max_facts == 8
 
 
 def test_intervals_resample_seeds_and_prompts(modules):
-  ablation, _ = modules
+  results, _ = modules
   rng = np.random.default_rng(1)
   verdicts = (rng.random((3, 400)) < 0.3).astype(int)
-  mean, low, high = ablation.resampled(verdicts)
+  mean, low, high = results.resampled(verdicts)
   assert mean == verdicts.mean() and low < mean < high
   # Independent verdicts: seeds and prompts resampled together, at most twice the binomial's width.
   width = 2 * 1.96 * (0.3 * 0.7 / 1200) ** 0.5
   assert 0.9 * width < high - low < 2.2 * width
   # What one seed learnt and the others did not is uncertain, however many prompts there are.
   split = np.repeat([[1], [0], [0]], 400, 1)
-  assert ablation.resampled(split)[1:] == (0.0, 1.0)
-  assert ablation.resampled(np.ones((2, 5))) == (1.0, 1.0, 1.0)
+  assert results.resampled(split)[1:] == (0.0, 1.0)
+  assert results.resampled(np.ones((2, 5))) == (1.0, 1.0, 1.0)
 
 
 def test_summary_and_table(modules):
-  ablation, rows = modules
-  right = {split: '0110' for split in ablation._SPLITS}
+  results, rows = modules
+  right = {split: '0110' for split in results.SPLITS}
   one = {'right': right, 'drift': 0.1, 'diversity': 0.2, 'seconds': 9.0}
   two = {'right': {**right, 'wording': '1111'}, 'drift': 0.3, 'diversity': 0.2, 'seconds': 4.0}
-  found = ablation.summarise([one, two])
+  found = results.summarise([one, two])
   assert found['wording'][0] == 0.75 and abs(found['wording'][3] - 0.5 / 2**0.5) < 1e-12
   assert found['seconds'] == 4.0 and abs(found['drift'] - 0.2) < 1e-12 and found['seeds'] == 2
-  text = ablation.table(rows.ROWS, {'mixture': found, 'base': ablation.summarise([one])})
+  text = results.table(rows.ROWS, {'mixture': found, 'base': results.summarise([one])})
   assert '| mixture | 2 | 75.0 ± 35.4 (' in text and '| base | 1 | 50.0 (' in text
   assert '**NO-RL**' not in text
 
@@ -78,11 +78,11 @@ def test_summary_and_table(modules):
 def test_unknown_rows_are_refused(modules):
   from absl import app
 
-  ablation, rows = modules
-  assert ablation.chosen_rows([]) == rows.ROWS
-  assert len(ablation.chosen_rows(['c'])) == 2
+  _, rows = modules
+  assert rows.chosen_rows([]) == rows.ROWS
+  assert len(rows.chosen_rows(['c'])) == 2
   with pytest.raises(app.UsageError, match=r"No row begins with \['N7'\]; there are 'base'"):
-    ablation.chosen_rows(['N7'])
+    rows.chosen_rows(['N7'])
 
 
 @pytest.mark.slow

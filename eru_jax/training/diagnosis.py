@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eru_jax import flow, sharding, similarity
-from eru_jax.data.pairs import KnowledgePair
-from eru_jax.data.world import EXPLICIT_SPLITS
+from eru_jax.data.pairs import EXPLICIT_SPLITS, KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.models.registry import DiffusionModel
 from eru_jax.rewards.emoji import TemplateJudge

@@ -1,0 +1,89 @@
+"""Summaries, tables and the picture of `ablation.py`'s results."""
+
+import numpy as np
+
+SPLITS = ('train', 'wording', 'fact', 'explicit', 'unrelated')
+
+
+def resampled(verdicts, draws=2000):
+  """Mean share and 95 % interval of (seeds, prompts) verdicts; both are resampled."""
+  rng = np.random.default_rng(0)
+  seeds, prompts = verdicts.shape
+  s = rng.integers(seeds, size=(draws, seeds))
+  p = rng.integers(prompts, size=(draws, prompts))
+  means = np.array([verdicts[np.ix_(a, b)].mean() for a, b in zip(s, p, strict=True)])
+  low, high = np.quantile(means, (0.025, 0.975))
+  return float(verdicts.mean()), float(low), float(high)
+
+
+def summarise(per_seed):
+  """A row's {split: [mean, low, high, sd over seeds], 'drift', 'diversity', 'seconds', 'seeds'}."""
+  result = {'seeds': len(per_seed)}
+  for split in SPLITS:
+    verdicts = np.array([[int(c) for c in scores['right'][split]] for scores in per_seed])
+    deviation = float(verdicts.mean(1).std(ddof=1)) if len(per_seed) > 1 else None
+    result[split] = [*resampled(verdicts), deviation]
+  for name in ('drift', 'diversity'):
+    result[name] = float(np.mean([scores[name] for scores in per_seed]))
+  # The first seed compiles.
+  result['seconds'] = min(scores['seconds'] for scores in per_seed)
+  return result
+
+
+def table(rows, summaries):
+  """Markdown, one table a group."""
+  columns = ('seeds', 'unseen wordings', 'trained', 'new facts', 'explicit', 'unrelated')
+  head = f'| | {" | ".join(columns)} | drift | diversity | processor s |'
+  lines = []
+  for group in dict.fromkeys(row.group for row in rows if row.name in summaries):
+    lines += ['', f'**{group}**', '', head, '|---|' + '---|' * 9]
+    for row in rows:
+      if row.group != group or row.name not in summaries:
+        continue
+      found = summaries[row.name]
+      mean, low, high, deviation = found['wording']
+      spread = '' if deviation is None else f' ± {100 * deviation:.1f}'
+      cells = [f'{100 * mean:.1f}{spread} ({100 * low:.0f}-{100 * high:.0f})']
+      cells += [
+        f'{100 * found[split][0]:.1f}' for split in ('train', 'fact', 'explicit', 'unrelated')
+      ]
+      cells += [f'{found["drift"]:.3f}', f'{found["diversity"]:.3f}', f'{found["seconds"]:.0f}']
+      lines.append(f'| {row.name} | {found["seeds"]} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines[1:]) + '\n'
+
+
+def draw_curves(path, rows, summaries):
+  """Accuracy against wordings a fact and against facts: how far what is learnt carries over."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+  for axis, group, whole, label in (
+    (panels[0], 'wordings', 12, 'training wordings of each fact (same budget)'),
+    (panels[1], 'facts', 48, 'facts (each prompt seen as often)'),
+  ):
+    found = {int(r.name.split()[0]): summaries[r.name] for r in rows if r.group == group
+             and r.name in summaries}  # fmt: skip
+    if 'mixture' in summaries:
+      found[whole] = summaries['mixture']
+    counts = sorted(found)
+    for split, name, color in (
+      ('train', 'trained wordings', '#8a8f98'),
+      ('wording', 'unseen wordings', '#c2410c'),
+      ('fact', 'facts never trained', '#1d4ed8'),
+    ):
+      mean, low, high = (np.array([100 * found[c][split][i] for c in counts]) for i in range(3))
+      axis.errorbar(counts, mean, (mean - low, high - mean), label=name, color=color, marker='o',
+                    capsize=3, linewidth=1.6, markersize=4)  # fmt: skip
+    axis.set(xscale='log', xlabel=label, ylim=(-3, 103))
+    axis.set_xticks(counts, [str(c) for c in counts])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.spines[['top', 'right']].set_visible(False)
+  panels[0].set_ylabel('right pictures, %')
+  panels[0].legend(frameon=False, fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path, dpi=140)
+  plt.close(figure)
