@@ -11,8 +11,9 @@ bfloat16 and under `torch.compile`, and in float32 also in microbatches; we run 
 and in microbatches. The best of either side counts. Candidates take turns, so that a disturbance
 hits all of them; ratios are of the medians of one turn.
 
-The last line is JSON: {"train_ratio", "sample_ratio"}, PyTorch's time over ours. Set glibc's
-variables as `launch/local.sh` does, for both sides' sake.
+The last line is JSON: {"train_ratio", "sample_ratio"}, PyTorch's time over ours. The
+process starts itself anew with `launch/local.sh`'s settings of glibc's allocator, which both sides
+profit from.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import pathlib
 import platform
 import signal
 import statistics
+import sys
 import time
 
 from absl import app, flags
@@ -43,6 +45,13 @@ _COMPILE = flags.DEFINE_integer(
 )
 _OUTPUT = flags.DEFINE_string('output', 'benchmarks/results/cpu.json', 'File of the results.')
 
+# As in launch/local.sh, which says why. glibc reads them when a process starts.
+_ALLOCATOR = {
+  'MALLOC_MMAP_MAX_': '0',
+  'MALLOC_TRIM_THRESHOLD_': '17179869184',
+  'MALLOC_ARENA_MAX': '1',
+  'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+}
 _ARCHITECTURE = 'eru_jax/assets/emoji_base'
 # A candidate this much slower than the best of its side when warmed up is not raced.
 _HOPELESS = 2.5
@@ -116,10 +125,14 @@ def flops(cfg, batch, image_tokens, text_tokens):
   return 2 * batch * (blocks + modulations + embedders + ends)
 
 
+def suffix(accumulation):
+  return f', {accumulation} microbatches' if accumulation > 1 else ''
+
+
 class Ours:
   """Our side: the compiled stage and the sampler."""
 
-  def __init__(self, model, params, data, num_steps):
+  def __init__(self, model, params, data, num_steps, counts):
     import jax
     import jax.numpy as jnp
 
@@ -159,9 +172,7 @@ class Ours:
       return model.sample(model.velocity(params), noise, conditioning, schedule)
 
     sampler = jax.jit(draw)
-    trainers = {'float32': lambda: trainer(1)}
-    if _MICRO.value > 1:
-      trainers[f'float32, {_MICRO.value} microbatches'] = lambda: trainer(_MICRO.value)
+    trainers = {f'float32{suffix(count)}': functools.partial(trainer, count) for count in counts}
     self.sample = functools.partial(sampler, params, data['noise'], conditioning)
     samplers = {'float32': lambda: lambda: self.sample().block_until_ready()}
     self.candidates = {'train': trainers, 'sample': samplers}
@@ -182,7 +193,7 @@ class Ours:
 class Theirs:
   """PyTorch's side, as somebody would write it for diffusers' model."""
 
-  def __init__(self, reference, data, ids, num_steps, compiled):
+  def __init__(self, reference, data, ids, num_steps, counts, compiled):
     import torch
     import torch.nn.functional as F
 
@@ -241,11 +252,10 @@ class Theirs:
     half = torch.bfloat16
     autocast = functools.partial(torch.autocast, 'cpu', dtype=half)
     trainers = {'bfloat16': functools.partial(trainer, 1, context=autocast)}
-    for accumulation in sorted({1, _MICRO.value}):
-      suffix = f', {accumulation} microbatches' if accumulation > 1 else ''
-      trainers[f'float32{suffix}'] = functools.partial(trainer, accumulation)
+    for accumulation in counts:
+      trainers[f'float32{suffix(accumulation)}'] = functools.partial(trainer, accumulation)
       if compiled:
-        trainers[f'float32, compiled{suffix}'] = functools.partial(
+        trainers[f'float32, compiled{suffix(accumulation)}'] = functools.partial(
           trainer, accumulation, wrap=torch.compile
         )
     samplers = {
@@ -397,13 +407,15 @@ def measure(quick, report=print):
   cfg, batch, model, params, reference = build(quick)
   tokens, _ = model.latent_shape
   steps = 2 if quick else _STEPS.value
+  # Numbers of microbatches.
+  counts = sorted({1, 1 if quick else _MICRO.value})
   data = inputs(cfg, batch, tokens)
-  ours = Ours(model, params, data, steps)
+  ours = Ours(model, params, data, steps, counts)
   compile_limit = _COMPILE.value
   if compile_limit is None:
     compile_limit = 0 if quick else 240
   ids = model.family.latent_ids(*model.grid)
-  theirs = Theirs(reference, data, ids, steps, compile_limit > 0)
+  theirs = Theirs(reference, data, ids, steps, counts, compile_limit > 0)
   both = {'ours': ours, 'torch': theirs}
   result = {
     'date': datetime.date.today().isoformat(),
@@ -419,7 +431,7 @@ def measure(quick, report=print):
       'text tokens': _TEXT.value,
       'euler steps': steps,
       'torch threads': torch.get_num_threads(),
-      'glibc keeps buffers': os.environ.get('MALLOC_MMAP_MAX_') == '0',
+      'environment': {name: os.environ.get(name) for name in _ALLOCATOR},
     },
     'agreement': agreement(cfg, ours, theirs),
   }
@@ -460,6 +472,8 @@ def measure(quick, report=print):
 
 def main(argv):
   del argv
+  if not _ALLOCATOR.keys() <= os.environ.keys():
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**_ALLOCATOR, **os.environ})
   result = measure(_QUICK.value)
   if not _QUICK.value:
     path = pathlib.Path(_OUTPUT.value)

@@ -151,11 +151,12 @@ def rotary_table(ids: jax.Array, axes_dims: tuple[int, ...]) -> tuple[jax.Array,
 
 def apply_rotary(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Rotates neighbouring channel pairs of x (B, L, H, D) in float32."""
-  cos, sin = (part[None, :, None, :] for part in table)
-  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-  even, odd = pairs[..., 0], pairs[..., 1]
-  rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-  return rotated.reshape(x.shape).astype(x.dtype)
+  cos, sin = (jnp.repeat(part, 2, axis=-1)[None, :, None, :] for part in table)
+  x32 = x.astype(jnp.float32)
+  # Neighbours change places by a flip: gradients of two slices would each be padded and added.
+  swapped = jnp.flip(x32.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
+  sign = np.tile(np.array([-1, 1], np.float32), x.shape[-1] // 2)
+  return (x32 * cos + swapped * (sign * sin)).astype(x.dtype)
 
 
 def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

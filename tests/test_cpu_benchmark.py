@@ -1,0 +1,25 @@
+"""The speed comparison runs to its last line; what it measures is not tested."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+
+def test_quick_comparison():
+  """Both sides agree, are timed, and the last line is the JSON it promises."""
+  pytest.importorskip('torch')
+  pytest.importorskip('diffusers')
+  root = pathlib.Path(__file__).parents[1]
+  command = [sys.executable, 'benchmarks/cpu.py', '--quick', '--compile_limit=0', '--threads=1']
+  environment = {**os.environ, 'PYTHONPATH': str(root), 'JAX_PLATFORMS': 'cpu'}
+  run = subprocess.run(
+    command, cwd=root, env=environment, capture_output=True, text=True, timeout=900
+  )
+  assert run.returncode == 0, run.stderr[-2000:]
+  ratios = json.loads(run.stdout.splitlines()[-1])
+  assert ratios.keys() == {'train_ratio', 'sample_ratio'}
+  assert all(value > 0 for value in ratios.values())
