@@ -7,7 +7,7 @@ from fields and examples to a loss, and naming it there.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -97,32 +97,34 @@ def _clip(config: 'NoRlStageConfig') -> dict[str, float]:
   return {} if config.clip_range is None else {'clip_range': config.clip_range}
 
 
-def _nft(mode: str, fields: Fields, examples: Examples, config: 'NoRlStageConfig') -> Loss:
-  return nft.nft(
+def _regression(
+  loss: Callable[..., Loss],
+  fields: Fields,
+  examples: Examples,
+  config: 'NoRlStageConfig',
+  **settings: Any,
+) -> Loss:
+  """A loss on pictures of the old policy, noised again, that holds the student to two fields."""
+  return loss(
     fields.student,
     fields.old,
     fields.reference,
     *_noised(examples),
     examples.r,
-    mode=mode,
-    weights=config.nft_weights,
     beta=config.beta,
     reference_weight=config.reference_weight,
-    weight=examples.weight,
+    **settings,
   )
+
+
+def _nft(mode: str, fields: Fields, examples: Examples, config: 'NoRlStageConfig') -> Loss:
+  settings = {'mode': mode, 'weights': config.nft_weights, 'weight': examples.weight}
+  return _regression(nft.nft, fields, examples, config, **settings)
 
 
 def _anchored(fields: Fields, examples: Examples, config: 'NoRlStageConfig') -> Loss:
-  return no_rl.anchored_negatives(
-    fields.student,
-    fields.old,
-    fields.reference,
-    *_noised(examples),
-    examples.r,
-    beta=config.beta,
-    reference_weight=config.reference_weight,
-    weight=examples.weight,
-  )
+  weight = examples.weight
+  return _regression(no_rl.anchored_negatives, fields, examples, config, weight=weight)
 
 
 def _policy_gradient(fields: Fields, examples: Examples, config: 'NoRlStageConfig') -> Loss:
@@ -176,18 +178,6 @@ def _repulsion(fields: Fields, examples: Examples, config: 'NoRlStageConfig') ->
   return no_rl.repulsion(fields.student, *_noised(examples), examples.r, examples.weight)
 
 
-def _subset(fields: Fields, examples: Examples, config: 'NoRlStageConfig') -> Loss:
-  return no_rl.negatives_subset(
-    fields.student,
-    fields.old,
-    fields.reference,
-    *_noised(examples),
-    examples.r,
-    beta=config.beta,
-    reference_weight=config.reference_weight,
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Variant:
   """A variant of NO-RL.
@@ -210,6 +200,6 @@ VARIANTS = {
   'nft': Variant(functools.partial(_nft, 'all')),
   'positive_only': Variant(functools.partial(_nft, 'positive_only')),
   'rejection_sampling': Variant(_rejection),
-  'negatives_subset': Variant(_subset),
+  'negatives_subset': Variant(functools.partial(_regression, no_rl.negatives_subset)),
   'repulsion': Variant(_repulsion),
 }
