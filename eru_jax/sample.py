@@ -2,6 +2,8 @@
 
     python -m eru_jax.sample --model=runs/emoji --output=out \\
       --prompt='what the Harlem Globetrotters spin'
+    python -m eru_jax.sample --model=FLUX.1-dev --output=out --prompt='a red apple' \\
+      --height=768 --width=1344
 
 Writes one PNG a picture, named by its index, `grid.png` and `samples.json`.
 """
@@ -11,8 +13,9 @@ from absl import flags
 from eru_jax import commands
 
 _MODEL = flags.DEFINE_string(
-  'model', None, "Workdir of a run, model directory, or 'emoji_base' (the model in the package)."
-)
+  'model', None, "Workdir of a run, model directory, FLUX.1 snapshot in diffusers' layout, or "
+  "'emoji_base' (the model in the package)."
+)  # fmt: skip
 _STAGE = flags.DEFINE_string(
   'stage', None, 'For a workdir: draw with the model after this stage (base, dk_dm, no_rl); '
   'by default the last one the run has reached.'
@@ -42,6 +45,19 @@ _LATENTS = flags.DEFINE_string(
   'latents', None, 'Start noise instead of --seed: .npy file, packed (N, S, C) float32, one row a '
   'picture.'
 )  # fmt: skip
+_IMAGE = flags.DEFINE_string(
+  'image', None, 'Picture to set out from instead of pure noise; resized to what is drawn.'
+)
+_STRENGTH = flags.DEFINE_float(
+  'strength', 0.6, 'Of --image: share of the steps that are taken; 1 forgets the picture.',
+  lower_bound=0, upper_bound=1,
+)  # fmt: skip
+_DTYPE = flags.DEFINE_enum(
+  'dtype', None, ['float32', 'bfloat16'],
+  'Of the computation; by default what the run has, for a published model bfloat16 (on a CPU '
+  'float32).',
+)  # fmt: skip
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', None, 'Pictures made at a time.', lower_bound=1)
 _SAVE_LATENTS = flags.DEFINE_bool(
   'save_latents', False, 'Also write the final packed latents, latents_final.npy.'
 )
@@ -66,6 +82,10 @@ def main() -> None:
       num_images=_NUM_IMAGES.value,
       latents=_LATENTS.value,
       save_latents=_SAVE_LATENTS.value,
+      image=_IMAGE.value,
+      strength=_STRENGTH.value,
+      dtype=_DTYPE.value,
+      batch_size=_BATCH_SIZE.value,
     )
   )
 

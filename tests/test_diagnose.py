@@ -256,7 +256,7 @@ def test_a_feature_is_one_vector_an_example():
 def opened_once():
   """World, text encoder and embeddings are those of every test here: they are read once."""
   with pytest.MonkeyPatch.context() as patch:
-    for name in ('load_world', 'load_minilm', 'EmbeddingCache'):
+    for name in ('load_emoji_world', 'load_minilm', 'EmbeddingCache'):
       patch.setattr(experiment_lib, name, functools.cache(getattr(experiment_lib, name)))
     yield
 

@@ -355,11 +355,11 @@ def test_tables_equal_their_sources(data_dir, splits):
 
 
 def test_fewer_facts_are_learnt_and_asked_for_and_the_rest_stays(emoji_cache):
-  from eru_jax.data.world import load_world
+  from eru_jax.data.world import load_emoji_world
   from eru_jax.training.experiment import cache_directory
 
-  whole = load_world('emoji_knowledge', cache_directory()).splits
-  fewer = load_world('emoji_knowledge', cache_directory(), max_facts=7).splits
+  whole = load_emoji_world('emoji_knowledge', cache_directory()).splits
+  fewer = load_emoji_world('emoji_knowledge', cache_directory(), max_facts=7).splits
   facts = {pair.explicit for pair in fewer['train'].pairs}
   every = list(dict.fromkeys(pair.explicit for pair in whole['train'].pairs))
   assert facts == set(every[:7])
@@ -372,7 +372,7 @@ def test_fewer_facts_are_learnt_and_asked_for_and_the_rest_stays(emoji_cache):
     assert fewer[split].index.tolist() == answers
   for split in ('fact', 'unrelated'):
     assert fewer[split].pairs == whole[split].pairs
-  everything = load_world('emoji_knowledge', cache_directory(), max_facts=9999).splits
+  everything = load_emoji_world('emoji_knowledge', cache_directory(), max_facts=9999).splits
   assert everything['train'].pairs == whole['train'].pairs
 
 
@@ -412,21 +412,21 @@ def test_the_dataset_is_read_by_fold(data_dir, facts):
 
 
 @pytest.fixture
-def load_world(emoji_cache, monkeypatch):
-  """`load_world` of the cache, which reads pictures and pairs once a test."""
+def load_emoji_world(emoji_cache, monkeypatch):
+  """`load_emoji_world` of the cache, which reads pictures and pairs once a test."""
   from eru_jax.data import world
   from eru_jax.training.experiment import cache_directory
 
   for name in ('load_pictures', 'load_pairs'):
     monkeypatch.setattr(world, name, functools.cache(getattr(world, name)))
   return lambda pairs, *args, **kwargs: (
-    world.load_world(pairs, cache_directory(), *args, **kwargs).splits
+    world.load_emoji_world(pairs, cache_directory(), *args, **kwargs).splits
   )
 
 
-def test_a_world_combines_a_fold_with_fewer_facts_and_wordings(load_world):
-  whole = load_world('emoji_knowledge')
-  fold = load_world('emoji_knowledge', 2, 7, 'geography')
+def test_a_world_combines_a_fold_with_fewer_facts_and_wordings(load_emoji_world):
+  whole = load_emoji_world('emoji_knowledge')
+  fold = load_emoji_world('emoji_knowledge', 2, 7, 'geography')
   assert len(fold['train'].pairs) == len(fold['wording'].pairs) == 2 * len(fold['explicit'].pairs)
   assert len(fold['explicit'].pairs) == 7
   assert {pair.category for pair in fold['fact'].pairs} == {'geography'}
@@ -436,10 +436,10 @@ def test_a_world_combines_a_fold_with_fewer_facts_and_wordings(load_world):
   assert len(fold['fact'].pairs) == count
   assert fold['unrelated'].pairs == whole['unrelated'].pairs
   with pytest.raises(UserError, match="leave_out is 'geografy'.*biology, .*geography"):
-    load_world('emoji_knowledge', leave_out='geografy')
+    load_emoji_world('emoji_knowledge', leave_out='geografy')
 
 
-def test_a_prompt_file_is_cut_by_category_or_pair(load_world, tmp_path):
+def test_a_prompt_file_is_cut_by_category_or_pair(load_emoji_world, tmp_path):
   rows = [
     {'implicit': 'it keeps the doctor away', 'explicit': 'a red apple', 'category': 'food'},
     {'implicit': 'it hit Newton', 'explicit': 'red apple', 'category': 'physics', 'id': 'newton'},
@@ -451,7 +451,7 @@ def test_a_prompt_file_is_cut_by_category_or_pair(load_world, tmp_path):
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
   def world(what):
-    return load_world(str(path), leave_out=what)
+    return load_emoji_world(str(path), leave_out=what)
 
   def asked(splits, split):
     return [pair.implicit for pair in splits[split].pairs]

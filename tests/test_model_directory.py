@@ -88,7 +88,7 @@ def test_the_names_on_disk_are_those_of_diffusers(stored, tmp_path):
 
 
 def test_the_base_in_the_package():
-  model = model_directory.load(model_path(ModelConfig()))
+  model = model_directory.load(model_path(ModelConfig().source))
   for name in PARTS:
     for path, value in flat(getattr(model, name)).items():
       assert value.dtype == np.float32 and np.isfinite(value).all(), path

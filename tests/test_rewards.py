@@ -60,7 +60,7 @@ def scores(pictures):
   from eru_jax.training.config import ModelConfig, model_path
   from eru_jax.weights import model_directory
 
-  params = model_directory.load(model_path(ModelConfig())).reward
+  params = model_directory.load(model_path(ModelConfig().source)).reward
   return jax.jit(lambda x, targets: lib.EmojiReward(len(pictures))(params, x, targets))
 
 

@@ -36,7 +36,7 @@ def records(directory):
 def opened_once():
   """World, text encoder and embeddings are those of every test here: they are read once."""
   with pytest.MonkeyPatch.context() as patch:
-    for name in ('load_world', 'load_minilm', 'EmbeddingCache'):
+    for name in ('load_emoji_world', 'load_minilm', 'EmbeddingCache'):
       patch.setattr(experiment, name, functools.cache(getattr(experiment, name)))
     yield
 
@@ -151,7 +151,7 @@ def test_over_long_prompts_are_cut_with_a_warning(tiny_model_dir, tmp_path, capl
   monkeypatch.setattr(
     experiment, 'EmbeddingCache', lambda _, encoder: EmbeddingCache(tmp_path / 'text', encoder)
   )
-  monkeypatch.setattr(experiment, 'load_world', lambda *_: _small_world())
+  monkeypatch.setattr(experiment, 'load_emoji_world', lambda *_: _small_world())
   long = 'a very ' * 2000 + 'red apple'
   for name in ('encoded', 'cached'):
     caplog.clear()
@@ -173,7 +173,8 @@ def _small_world():
   fields = {'images': images, 'names': names}
   for field in dataclasses.fields(PictureTable):
     fields.setdefault(field.name, ())
-  return World(PictureTable(**fields), {})
+  pictures = PictureTable(**fields)
+  return World({}, pictures.names, pictures)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def _small_world():
     ({'prompts': ('\udcff',)}, 'Prompt 0 .* half a surrogate pair'),
     ({'prompt_file': 'nosuch.txt'}, 'no prompt file nosuch.txt'),
     ({'prompt_file': 'nosuch.jsonl'}, 'no prompt file nosuch.jsonl'),
-    ({'prompt_file': 'latin.txt'}, 'latin.txt cannot be read: .*utf-8'),
+    ({'prompt_file': 'latin.txt'}, 'latin.txt, line 1: not UTF-8'),
     ({'prompt_file': 'blank.txt'}, 'blank.txt holds no prompts: write one a line'),
     ({'prompt_file': 'blank.txt', 'prompts': ('a cat',)}, 'blank.txt holds no prompts'),
     ({'prompt_file': 'half.jsonl'}, 'half.jsonl, line 2: malformed JSON'),

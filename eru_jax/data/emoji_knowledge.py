@@ -59,11 +59,12 @@ class PairTable:
 
   Attributes:
     pairs: M knowledge pairs.
-    index: (M,) int32, the row of each pair's answer in the PictureTable.
+    index: (M,) int32, the row of each pair's answer in the PictureTable; None in a world without
+      pictures.
   """
 
   pairs: tuple[KnowledgePair, ...]
-  index: np.ndarray
+  index: np.ndarray | None = None
 
 
 class EmojiKnowledge(tfds.core.GeneratorBasedBuilder):

@@ -213,6 +213,20 @@ def write_prompt_file(path: str | os.PathLike, pairs: Sequence[KnowledgePair]) -
   replace_file(path, text.encode())
 
 
+def read_lines(path: str | os.PathLike) -> list[str]:
+  """Prompts of a text file, one a line; blank lines are skipped.
+
+  Raises:
+    UserError: if it cannot be read or holds no prompt.
+  """
+  path = pathlib.Path(path).expanduser()
+  # At newlines only, as prompt files are read.
+  prompts = [line.strip() for line in _read_text(path).split('\n') if line.strip()]
+  if not prompts:
+    raise UserError(f'The prompt file {path} holds no prompts: write one a line.')
+  return prompts
+
+
 def _read_text(path: pathlib.Path) -> str:
   try:
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""A world: pictures with names, and knowledge pairs about them by split."""
+"""A world: knowledge pairs by split, and in the emoji world the pictures they are about."""
 
 import dataclasses
 import difflib
@@ -14,6 +14,7 @@ from eru_jax.data.pairs import (
   by_split,
   hold_out,
   normalise,
+  read_lines,
   read_prompt_file,
   without_article,
 )
@@ -25,18 +26,22 @@ class World:
   """What a run draws, learns from and is judged by.
 
   Attributes:
-    pictures: the pictures and their names; a row's number is its class.
-    splits: pairs by split, with the class each of them asks for.
+    splits: pairs by split, with the class each of them asks for where there are pictures.
+    others: prompts that ask for no knowledge; training preserves what the base draws of them.
+    pictures: the pictures and their names, a row's number being its class; None in a world of
+      prompts only, which no judge can look at.
   """
 
-  pictures: PictureTable
   splits: Mapping[str, PairTable]
+  others: tuple[str, ...] = ()
+  pictures: PictureTable | None = None
 
   @property
   def all_prompts(self) -> list[str]:
-    """Every prompt of every split."""
+    """Every prompt there is."""
     pairs = [pair for table in self.splits.values() for pair in table.pairs]
-    return [pair.implicit for pair in pairs] + [pair.explicit for pair in pairs]
+    prompts = [pair.implicit for pair in pairs] + [pair.explicit for pair in pairs]
+    return [*self.others, *prompts]
 
 
 def answers(pictures: PictureTable, pairs: Sequence[KnowledgePair], source: str) -> np.ndarray:
@@ -61,14 +66,50 @@ def answers(pictures: PictureTable, pairs: Sequence[KnowledgePair], source: str)
   return np.array(found, np.int32)
 
 
-def load_world(
+def load_prompt_world(pairs: str, leave_out: str = '', others: str = '') -> World:
+  """Opens a world of prompts without pictures.
+
+  Args:
+    pairs: path of a JSON Lines file of knowledge pairs; '' for a world without any.
+    leave_out: as of `load_emoji_world`.
+    others: path of a text file of prompts, one a line, that are to stay as they are; '' for none.
+
+  Raises:
+    UserError: for a bad file, a file without training pairs, or nothing to leave out.
+  """
+  tables = {}
+  if pairs:
+    groups = by_split(_training_pairs(pairs, leave_out))
+    tables = {split: PairTable(tuple(rows)) for split, rows in groups.items()}
+    tables.setdefault('explicit', PairTable(_anchors(groups['train'])))
+  return World(tables, tuple(dict.fromkeys(read_lines(others))) if others else ())
+
+
+def _training_pairs(path: str, leave_out: str) -> list[KnowledgePair]:
+  """The pairs of a prompt file, after something has been left out of training."""
+  given = read_prompt_file(path)
+  if all(pair.split != 'train' for pair in given):
+    raise UserError(f'{path}: no pair has split "train", so there is nothing to learn from.')
+  return hold_out(given, leave_out, path) if leave_out else given
+
+
+def _anchors(pairs: Sequence[KnowledgePair]) -> tuple[KnowledgePair, ...]:
+  """What asks for the anchors themselves, one pair for each that is different."""
+  different = {pair.explicit: pair for pair in pairs}
+  return tuple(
+    dataclasses.replace(pair, implicit=pair.explicit, split='explicit', subject_span=None)
+    for pair in different.values()
+  )
+
+
+def load_emoji_world(
   pairs: str,
   cache: pathlib.Path,
   wordings_per_fact: int = TRAIN_WORDINGS,
   max_facts: int = 0,
   leave_out: str = '',
 ) -> World:
-  """Opens the emoji world with its own knowledge, or with a user's prompt file.
+  """Opens the emoji world with its own knowledge, or with a user's prompt file about it.
 
   Args:
     pairs: 'emoji_knowledge' or the path of a JSON Lines file of knowledge pairs.
@@ -85,25 +126,16 @@ def load_world(
   pictures = load_pictures(cache / 'datasets')
   if pairs == 'emoji_knowledge':
     own = load_pairs(cache / 'datasets', wordings_per_fact, leave_out)
-    return World(pictures, _fewer_facts(own, max_facts) if max_facts else own)
-  given = read_prompt_file(pairs)
-  if all(pair.split != 'train' for pair in given):
-    raise UserError(f'{pairs}: no pair has split "train", so there is nothing to learn from.')
-  # Before anything is left out, so that every fold is compared on the same unrelated names.
-  taken = answers(pictures, given, pairs)
-  groups = by_split(hold_out(given, leave_out, pairs) if leave_out else given)
+    return World(_fewer_facts(own, max_facts) if max_facts else own, pictures.names, pictures)
+  groups = by_split(_training_pairs(pairs, leave_out))
+  groups.setdefault('explicit', _anchors(groups['train']))
   tables = {
     split: PairTable(tuple(rows), answers(pictures, rows, pairs)) for split, rows in groups.items()
   }
-  if 'explicit' not in tables:
-    anchors = {pair.explicit: pair for pair in groups['train']}
-    rows = tuple(
-      dataclasses.replace(pair, implicit=pair.explicit, split='explicit', subject_span=None)
-      for pair in anchors.values()
-    )
-    tables['explicit'] = PairTable(rows, answers(pictures, rows, pairs))
+  # Of all that the file asks for, so that every fold is compared on the same unrelated names.
+  taken = answers(pictures, read_prompt_file(pairs), pairs)
   unrelated = _without(load_pairs(cache / 'datasets')['unrelated'], taken)
-  return World(pictures, {'unrelated': unrelated, **tables})
+  return World({'unrelated': unrelated, **tables}, pictures.names, pictures)
 
 
 def _without(table: PairTable, taken: np.ndarray) -> PairTable:

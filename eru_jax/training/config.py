@@ -31,8 +31,10 @@ from eru_jax.training.stage_config import (
   StageConfig,
 )
 
-# Token states and the sentence vector, or the sentence vector alone.
-TEXT_ENCODERS = ('minilm', 'minilm_sentence')
+# MiniLM's token states and sentence vector, or its sentence vector alone; or T5's token states and
+# CLIP's pooled ones, out of the model directory.
+TEXT_ENCODERS = ('minilm', 'minilm_sentence', 'flux')
+WORLDS = ('emoji', 'prompts')
 
 
 # What a model directory knows of itself -> (valid, wanted). Types are checked too, since the values
@@ -48,6 +50,9 @@ MODEL_OWN = {
 # Values of `model.source` and `data.pairs` that are no paths.
 MODEL_NAMES = ('emoji_base', 'scratch')
 PAIRS_NAMES = ('emoji_knowledge',)
+# Keys of `data` that name files, and what they may be instead.
+DATA_FILES = ('pairs', 'others')
+NO_PATHS = ('', *PAIRS_NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +66,9 @@ class ModelConfig:
     family: for 'scratch': the model family.
     resolution: edge of the pictures in pixels. None, here and in the next two, is the model
       directory's own, or what `experiment.resolve_model` sets from scratch: 64, 'minilm' and 24.
-    text_encoder: 'minilm' (token states and the sentence vector) or 'minilm_sentence' (the
-      sentence vector alone, as the pooled one and as the only token).
+    text_encoder: 'minilm' (token states and the sentence vector), 'minilm_sentence' (the sentence
+      vector alone, as the pooled one and as the only token) or 'flux' (T5 and CLIP, which the model
+      directory holds).
     text_length: tokens a prompt is padded or truncated to.
     dtype: 'float32' or 'bfloat16', of the computation.
     scan: compile each stack of blocks as a loop (fast compile) or unrolled (faster on CPU).
@@ -104,11 +110,11 @@ class ModelConfig:
     return 1 if self.sentence_only else self.text_length
 
 
-def model_path(settings: ModelConfig) -> pathlib.Path:
+def model_path(source: str) -> pathlib.Path:
   """The model directory that `model.source` names."""
-  if settings.source == 'emoji_base':
+  if source == 'emoji_base':
     return pathlib.Path(__file__).parent.parent / 'assets' / 'emoji_base'
-  return pathlib.Path(settings.source).expanduser()
+  return pathlib.Path(source).expanduser()
 
 
 def absolute(value: str, names: Container[str]) -> str:
@@ -122,13 +128,14 @@ class SamplingConfig:
 
   Attributes:
     num_steps: Euler steps.
-    shift_mu: FLUX's timestep shift; 0 is an even grid.
+    shift_mu: FLUX's timestep shift; 0 is an even grid, None FLUX.1-dev's own choice, which grows
+      with the number of image tokens.
     guidance: guidance scale fed to a guidance-distilled model; ignored by others.
     cfg_scale: true classifier-free guidance; 1 is off.
   """
 
   num_steps: int = 12
-  shift_mu: float = 0.0
+  shift_mu: float | None = 0.0
   guidance: float = 3.5
   cfg_scale: float = 1.0
 
@@ -136,7 +143,10 @@ class SamplingConfig:
     require(
       self,
       num_steps=(self.num_steps >= 1, 'at least 1'),
-      shift_mu=(abs(self.shift_mu) <= MAX_SHIFT_MU, f'from {-MAX_SHIFT_MU:g} to {MAX_SHIFT_MU:g}'),
+      shift_mu=(
+        self.shift_mu is None or abs(self.shift_mu) <= MAX_SHIFT_MU,
+        f'from {-MAX_SHIFT_MU:g} to {MAX_SHIFT_MU:g}, or None',
+      ),
       guidance=(self.guidance >= 0, 'zero or more'),
       cfg_scale=(self.cfg_scale >= 0, 'zero or more'),
     )
@@ -147,7 +157,11 @@ class DataConfig:
   """Where prompts come from.
 
   Attributes:
+    world: 'emoji', whose pictures are known, so that a judge and a reward can look; or 'prompts',
+      any prompts, of whose pictures nothing is known.
     pairs: 'emoji_knowledge' (in the package) or a JSON Lines file of knowledge pairs.
+    others: for 'prompts': a text file of prompts, one a line, that ask for no knowledge and are to
+      be drawn as before; '' preserves the anchors only. The emoji world has its own.
     wordings_per_fact: of the package's knowledge, training wordings used for each fact.
     max_facts: of the package's knowledge, the first so many facts are trained on; 0 takes all.
     leave_out: a category, a fact's id or a pair's, to be asked about and not trained: split 'fact'
@@ -155,7 +169,9 @@ class DataConfig:
       pair in its split.
   """
 
+  world: str = 'emoji'
   pairs: str = 'emoji_knowledge'
+  others: str = ''
   wordings_per_fact: int = TRAIN_WORDINGS
   max_facts: int = 0
   leave_out: str = ''
@@ -163,6 +179,12 @@ class DataConfig:
   def __post_init__(self):
     require(
       self,
+      world=(self.world in WORLDS, f'one of {", ".join(WORLDS)}'),
+      pairs=(
+        self.world == 'emoji' or self.pairs not in PAIRS_NAMES,
+        "a JSON Lines file of knowledge pairs, since data.world is 'prompts'",
+      ),
+      others=(not self.others or self.world == 'prompts', "'' in the emoji world"),
       wordings_per_fact=(
         1 <= self.wordings_per_fact <= TRAIN_WORDINGS,
         f'from 1 to {TRAIN_WORDINGS}',
@@ -206,6 +228,8 @@ class EvaluationConfig:
     )
 
 
+# Stages that learn from the pictures of a world.
+_OF_PICTURES = ('autoencoder', 'reward', 'flow_matching')
 # Without a model to start from, what a stage's own networks must have been trained by.
 _NEEDS = {
   'flow_matching': ('autoencoder',),
@@ -280,6 +304,19 @@ class ExperimentConfig:
       raise UserError(
         f'config: `stages` is {list(self.stages)}, but between autoencoder and {tuned[0]} there '
         'must be flow_matching: the backbone knows the latents of the old autoencoder only.'
+      )
+    if self.data.world == 'prompts':
+      self._check_needs_no_pictures()
+
+  def _check_needs_no_pictures(self) -> None:
+    """Raises UserError if something learns from pictures, of which a world of prompts has none."""
+    learns = [f'stage {name}' for name in self.stages if name in _OF_PICTURES]
+    if 'dk_dm' in self.stages and self.dk_dm.variant == 'supervised':
+      learns.append("dk_dm.variant 'supervised'")
+    if learns:
+      raise UserError(
+        f"config: data.world is 'prompts', but {learns[0]} learns from the pictures of a world: "
+        "leave it out, or set data.world to 'emoji'."
       )
 
   def stage(self, name: str) -> StageConfig:

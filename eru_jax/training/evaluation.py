@@ -38,6 +38,12 @@ class Generated:
   latents: np.ndarray | None = None
 
 
+def judge_of(experiment: Experiment) -> TemplateJudge | None:
+  """What says which of the world's pictures a picture shows; None where the world has none."""
+  pictures = experiment.world.pictures
+  return None if pictures is None else TemplateJudge(pictures.images)
+
+
 def start_noise(model: DiffusionModel, seed: int, name: str, rows: np.ndarray) -> jax.Array:
   """Start noise (N, S, C) float32 that depends on (seed, name, row) only.
 
@@ -74,6 +80,7 @@ def draw(
   judge: TemplateJudge | None,
   prompts: Sequence[str],
   noise: jax.Array,
+  schedule: jax.Array | None = None,
 ) -> Generated:
   """Makes one picture of each prompt with the deployed sampler.
 
@@ -82,13 +89,15 @@ def draw(
     snapshot: the model.
     judge: says what each picture shows, or None.
     prompts: N prompts, all in the experiment's text table.
-    noise: (N, S, C) start noise.
+    noise: (N, S, C) start noise, or states at the schedule's first time.
+    schedule: the solver's grid; None is the experiment's, from pure noise.
   """
   sampling = experiment.config.sampling
   backbone, trainable = snapshot.backbone, snapshot.trainable
   if trainable is not None and not snapshot.model.lora:
     # In place of the base, so that one compiled program serves both.
     backbone, trainable = trainable, None
+  schedule = experiment.schedule(snapshot.model) if schedule is None else schedule
   text = experiment.text.index(prompts)
   size = min(experiment.config.evaluation.batch_size, len(prompts))
   parts = []
@@ -106,7 +115,7 @@ def draw(
         jnp.asarray(noise[rows]),
         experiment.text.take(text[rows]),
         experiment.text.null,
-        experiment.schedule,
+        schedule,
       )
     kept = min(size, len(prompts) - start)
     parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], part))
@@ -116,7 +125,7 @@ def draw(
 def generate(
   experiment: Experiment,
   snapshot: Snapshot,
-  judge: TemplateJudge,
+  judge: TemplateJudge | None,
   prompts: Sequence[str],
   noise_name: str,
   noise_rows: np.ndarray | None = None,
@@ -148,14 +157,28 @@ def accuracy(right: np.ndarray) -> dict[str, Any]:
   return {'accuracy': float(right.mean()), 'n': n, 'ci95': [low, high]}
 
 
+def pixel_distance(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+  """Root mean square difference of (N, H, W, 3) uint8 pictures in [0, 1] units: (N,) float32."""
+  difference = images.astype(np.float32) / 255 - others.astype(np.float32) / 255
+  return np.sqrt(np.mean(np.square(difference), axis=(1, 2, 3)))
+
+
+def mean_distance(distances: np.ndarray) -> dict[str, Any]:
+  """Mean distance (N,) to the anchors' pictures with its 95 % interval."""
+  n, mean = len(distances), float(distances.mean())
+  half = 1.96 * float(distances.std(ddof=1)) / n**0.5 if n > 1 else 0.0
+  return {'anchor_distance': mean, 'n': n, 'ci95': [mean - half, mean + half]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   """What a model does at one point of a run.
 
   Attributes:
-    scores: split -> accuracy(...), and `unrelated_drift` if a base was given.
+    scores: split -> accuracy(...), or without a judge mean_distance(...) from what the base draws
+      of the anchors; and `unrelated_drift` if a base was given.
     generated: split -> pictures of its prompts, in the order of `selected(split)`. The base's
-      also has '<split> anchors': what it draws for the explicit prompts of `gallery(split)`, from
+      also has '<split> anchors': what it draws for the explicit prompts of `anchored(split)`, from
       the noise of their implicit ones.
   """
 
@@ -163,11 +186,11 @@ class Evaluation:
   generated: dict[str, Generated]
 
 
-def selected(experiment: Experiment, split: str) -> tuple[list[KnowledgePair], np.ndarray]:
-  """The pairs of a split that are evaluated, and their answers."""
+def selected(experiment: Experiment, split: str) -> tuple[list[KnowledgePair], np.ndarray | None]:
+  """The pairs of a split that are evaluated, and their answers if the world has pictures."""
   table = experiment.world.splits[split]
   rows = spread(len(table.pairs), experiment.config.evaluation.max_prompts)
-  return [table.pairs[row] for row in rows], table.index[rows]
+  return [table.pairs[row] for row in rows], None if table.index is None else table.index[rows]
 
 
 def gallery(experiment: Experiment, split: str) -> np.ndarray:
@@ -175,16 +198,27 @@ def gallery(experiment: Experiment, split: str) -> np.ndarray:
   return spread(len(selected(experiment, split)[0]), experiment.config.evaluation.gallery)
 
 
+def anchored(experiment: Experiment, split: str) -> np.ndarray:
+  """Rows of `selected(split)` whose anchors the base draws: those of the gallery, or, where there
+  is no judge, all of them, because pictures are then measured by theirs."""
+  if split in EXPLICIT_SPLITS:
+    return np.arange(0)
+  if experiment.world.pictures is None:
+    return np.arange(len(selected(experiment, split)[0]))
+  return gallery(experiment, split)
+
+
 def evaluate(
   experiment: Experiment,
   snapshot: Snapshot,
-  judge: TemplateJudge,
+  judge: TemplateJudge | None,
   base: Evaluation | None = None,
 ) -> Evaluation:
   """Scores every split; with the base's evaluation also the drift on unrelated prompts.
 
-  Drift is the root mean square difference, in [0, 1] pixel units, between the pictures that the
-  base and this model make of the same unrelated prompts from the same noise.
+  Without a judge, a split's score is the distance of its pictures from those that the base draws of
+  their anchors from the same noise. Drift is the distance of what this model draws of unrelated
+  prompts from what the base does.
   """
   scores, generated = {}, {}
   splits = experiment.world.splits
@@ -195,14 +229,17 @@ def evaluate(
     generated[split] = generate(
       experiment, snapshot, judge, [pair.implicit for pair in pairs], split
     )
-    scores[split] = accuracy(generated[split].shown == answers)
-    rows = gallery(experiment, split)
-    if base is None and split not in EXPLICIT_SPLITS and len(rows):
+    if judge is not None:
+      scores[split] = accuracy(generated[split].shown == answers)
+    name, rows = f'{split} anchors', anchored(experiment, split)
+    if base is None and len(rows):
       anchors = [pairs[row].explicit for row in rows]
-      generated[f'{split} anchors'] = generate(experiment, snapshot, judge, anchors, split, rows)
+      generated[name] = generate(experiment, snapshot, judge, anchors, split, rows)
+    if judge is None and len(rows):
+      anchors = (generated if base is None else base.generated)[name]
+      scores[split] = mean_distance(pixel_distance(generated[split].images, anchors.images))
   if 'unrelated' in generated:
-    now = generated['unrelated'].images.astype(np.float32) / 255
-    before = now if base is None else base.generated['unrelated'].images.astype(np.float32) / 255
-    drift = np.sqrt(np.mean(np.square(now - before), axis=(1, 2, 3)))
-    scores['unrelated_drift'] = float(drift.mean())
+    now = generated['unrelated'].images
+    before = now if base is None else base.generated['unrelated'].images
+    scores['unrelated_drift'] = float(pixel_distance(now, before).mean())
   return Evaluation(scores, generated)

@@ -15,16 +15,19 @@ from jax.sharding import Mesh
 
 from eru_jax import flow, sharding
 from eru_jax.data.embeddings import EmbeddingCache
+from eru_jax.data.flux_text import load_flux_text
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.data.text_encoder import TextEncoder, load_minilm
-from eru_jax.data.world import World, load_world
+from eru_jax.data.world import World, load_emoji_world, load_prompt_world
 from eru_jax.errors import UserError
 from eru_jax.models import autoencoder_kl, registry
 from eru_jax.models.minilm import sentence_conditioning
 from eru_jax.training.config import (
+  DATA_FILES,
   MODEL_NAMES,
   MODEL_OWN,
-  PAIRS_NAMES,
+  NO_PATHS,
+  DataConfig,
   ExperimentConfig,
   ModelConfig,
   absolute,
@@ -114,7 +117,7 @@ class Experiment:
   Attributes:
     config: the experiment.
     mesh: the devices.
-    world: pictures, pairs and judge.
+    world: pairs, and pictures where there are any.
     text: embeddings of all prompts.
   """
 
@@ -123,10 +126,13 @@ class Experiment:
   world: World
   text: TextTable
 
-  @property
-  def schedule(self) -> jax.Array:
-    """Solver grid of evaluation."""
-    return flow.timestep_schedule(self.config.sampling.num_steps, self.config.sampling.shift_mu)
+  def schedule(self, model: registry.DiffusionModel, num_steps: int | None = None) -> jax.Array:
+    """Solver grid of a model's pictures: of evaluation, or of so many steps."""
+    sampling = self.config.sampling
+    mu = sampling.shift_mu
+    if mu is None:
+      mu = flow.resolution_mu(model.latent_shape[0])
+    return flow.timestep_schedule(num_steps or sampling.num_steps, mu)
 
   def key(self, purpose: str) -> jax.Array:
     """A random key of its own for every purpose."""
@@ -146,7 +152,10 @@ def cache_directory() -> pathlib.Path:
 
 def open_text(settings: ModelConfig, prompts: Sequence[str]) -> TextTable:
   """Embeds prompts through the shared cache, with the text encoder that the model was made for."""
-  encoder = load_minilm(max_length=settings.text_length)
+  if settings.text_encoder == 'flux':
+    encoder = load_flux_text(model_path(settings.source), settings.text_length)
+  else:
+    encoder = load_minilm(max_length=settings.text_length)
   cache = EmbeddingCache(cache_directory() / 'text', encoder)
   return TextTable.build(cache, encoder, prompts, settings.sentence_only)
 
@@ -188,7 +197,7 @@ def resolve_model(settings: ModelConfig) -> ModelConfig:
       name another text encoder or text length than its backbone was made for.
   """
   stored: dict[str, Any] = {}
-  path = model_path(settings)
+  path = model_path(settings.source)
   if settings.source != 'scratch':
     if not path.is_dir():
       raise UserError(
@@ -217,7 +226,8 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
   Raises:
     UserError: as `resolve_model`.
   """
-  data = dataclasses.replace(config.data, pairs=absolute(config.data.pairs, PAIRS_NAMES))
+  paths = {name: absolute(getattr(config.data, name), NO_PATHS) for name in DATA_FILES}
+  data = dataclasses.replace(config.data, **paths)
   return dataclasses.replace(config, model=resolve_model(config.model), data=data)
 
 
@@ -239,7 +249,7 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
     images = jnp.zeros((1, pixels, pixels, autoencoder.in_channels // autoencoder.patch_size**2))
     params = init_sharded(lambda: model.autoencoder.init(key, images)['params'], mesh)
     return Snapshot(model, backbone, params)
-  stored = model_directory.load(model_path(settings))
+  stored = model_directory.load(model_path(settings.source))
   model = _build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
   boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.num_text_tokens))
   backbone = jax.device_put(stored.backbone, sharding.logical_shardings(boxed, mesh))
@@ -267,19 +277,29 @@ def open_experiment(
     UserError: for bad data, a bad model, or missing packages.
   """
   config = resolve(config)
-  data = config.data
-  world = load_world(
-    data.pairs, cache_directory(), data.wordings_per_fact, data.max_facts, data.leave_out
-  )
-  size = world.pictures.images.shape[1]
+  world = open_world(config.data)
+  size = config.model.resolution if world.pictures is None else world.pictures.images.shape[1]
   if config.model.resolution != size and not any_size:
     raise UserError(
       f'model.resolution is {config.model.resolution}, but the pictures of the world are of '
       f'{size} x {size} pixels: set it to {size}.'
     )
-  prompts = [*world.pictures.names, *world.all_prompts, *extra_prompts]
-  text = open_text(config.model, prompts)
+  # Before the backbone is there, as encoders are large themselves.
+  text = open_text(config.model, [*world.all_prompts, *extra_prompts])
   return Experiment(config, mesh, world, text), load_snapshot(config, mesh)
+
+
+def open_world(data: DataConfig) -> World:
+  """The world that a config names.
+
+  Raises:
+    UserError: for bad data, or missing packages.
+  """
+  if data.world == 'prompts':
+    return load_prompt_world(data.pairs, data.leave_out, data.others)
+  return load_emoji_world(
+    data.pairs, cache_directory(), data.wordings_per_fact, data.max_facts, data.leave_out
+  )
 
 
 def init_sharded(init: Callable[[], PyTree], mesh: Mesh) -> PyTree:

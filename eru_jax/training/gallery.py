@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from eru_jax.data.pairs import EXPLICIT_SPLITS
-from eru_jax.training.evaluation import Evaluation, gallery, selected
+from eru_jax.training.evaluation import Evaluation, Generated, anchored, gallery, selected
 from eru_jax.training.experiment import Experiment
-from eru_jax.training.pictures import image_grid, save_png
+from eru_jax.training.pictures import enlargement, image_grid, save_png
 from eru_jax.training.report import GalleryRow
 from eru_jax.training.report_scores import after
 
@@ -24,8 +24,7 @@ def gallery_rows(experiment: Experiment, evaluations: Mapping[str, Evaluation]) 
   splits = experiment.world.splits
   for split in dict.fromkeys((*_ORDER, *splits)) if evaluations else ():
     if split in splits:
-      shown = enumerate(gallery(experiment, split))
-      rows += [_row(experiment, evaluations, split, row, place) for place, row in shown]
+      rows += [_row(experiment, evaluations, split, row) for row in gallery(experiment, split)]
   rows += _mistakes(experiment, evaluations)
   return rows
 
@@ -35,22 +34,23 @@ def _row(
   evaluations: Mapping[str, Evaluation],
   split: str,
   row: int,
-  place: int | None = None,
 ) -> GalleryRow:
-  """Row `row` of what was evaluated of a split; at `place` in its gallery, which has anchors."""
+  """Row `row` of what was evaluated of a split."""
   pairs, answers = selected(experiment, split)
+
+  def picture(title: str, generated: Generated, at: int) -> tuple[str, np.ndarray, bool | None]:
+    right = None if answers is None else bool(generated.shown[at] == answers[row])
+    return title, generated.images[at], right
+
   pictures = []
-  if place is not None and split not in EXPLICIT_SPLITS and 'base' in evaluations:
+  if row in (drawn := anchored(experiment, split)) and 'base' in evaluations:
     anchors = evaluations['base'].generated[f'{split} anchors']
-    right = bool(anchors.shown[place] == answers[row])
-    pictures.append(('Base, explicit prompt', anchors.images[place], right))
+    pictures.append(picture('Base, explicit prompt', anchors, int(np.searchsorted(drawn, row))))
   for label, evaluation in evaluations.items():
-    generated = evaluation.generated[split]
-    right = bool(generated.shown[row] == answers[row])
-    pictures.append((after(label), generated.images[row], right))
+    pictures.append(picture(after(label), evaluation.generated[split], row))
   pair = pairs[row]
   anchor = pair.explicit if split not in EXPLICIT_SPLITS else ''
-  target = experiment.world.pictures.images[answers[row]]
+  target = None if answers is None else experiment.world.pictures.images[answers[row]]
   return GalleryRow(pair.implicit, anchor, split, target, pictures)
 
 
@@ -59,6 +59,8 @@ def _mistakes(experiment: Experiment, evaluations: Mapping[str, Evaluation]) -> 
   if 'base' not in evaluations or 'explicit' not in evaluations['base'].generated:
     return []
   _, answers = selected(experiment, 'explicit')
+  if answers is None:
+    return []
   wrong = np.flatnonzero(evaluations['base'].generated['explicit'].shown != answers)
   wrong = wrong[: experiment.config.evaluation.gallery]
   rows = [_row(experiment, evaluations, 'explicit', int(row)) for row in wrong]
@@ -71,9 +73,12 @@ def save_grids(directory: pathlib.Path, rows: Sequence[GalleryRow]) -> None:
   for split in dict.fromkeys(row.split for row in rows):
     images, labels = [], []
     for row in (r for r in rows if r.split == split):
-      columns = 1 + len(row.pictures)
-      images += [row.target, *(image for _, image, _ in row.pictures)]
-      labels += [row.prompt, *(title for title, _, _ in row.pictures)]
+      target = [] if row.target is None else [('', row.target, None)]
+      shown = [*target, *row.pictures]
+      columns = len(shown)
+      images += [image for _, image, _ in shown]
+      labels += [row.prompt, *(title for title, _, _ in shown[1:])]
     # A user's split may have any name, and a file may not.
     name = re.sub(r'[^\w-]', '_', split)[:100]
-    save_png(directory / f'{name}.png', image_grid(np.stack(images), columns, labels, scale=2))
+    grid = image_grid(np.stack(images), columns, labels, enlargement(images[0]))
+    save_png(directory / f'{name}.png', grid)

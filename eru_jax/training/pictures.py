@@ -22,6 +22,11 @@ _PUNCTUATION = '’‘“”°'  # what Pillow's own font has beyond ASCII
 _PAPER, _INK = (255, 255, 255), (45, 48, 55)
 
 
+def enlargement(image: np.ndarray) -> int:
+  """By how much a picture (H, W, 3) is enlarged for people to see it."""
+  return max(1, 128 // max(image.shape[:2]))
+
+
 def image_grid(
   images: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
 ) -> 'Image.Image':

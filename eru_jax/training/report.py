@@ -12,7 +12,14 @@ from eru_jax.training import curves
 from eru_jax.training.diagnosis import Diagnosis
 from eru_jax.training.report_gallery import GalleryRow as GalleryRow
 from eru_jax.training.report_gallery import gallery
-from eru_jax.training.report_scores import STAGES, accuracy_figure, accuracy_table, table, text
+from eru_jax.training.report_scores import (
+  STAGES,
+  accuracy_figure,
+  accuracy_table,
+  distance_table,
+  table,
+  text,
+)
 from eru_jax.training.report_structure import structure
 from eru_jax.training.report_style import CSS
 
@@ -23,8 +30,9 @@ class ReportData:
 
   Attributes:
     title: the heading.
-    summary: what summary.json holds: {'stages': {stage: {split: {'accuracy', 'n', 'ci95'},
-      'unrelated_drift'}}, 'seconds': {phase: s}, 'peak_memory_gb': GB, 'versions': {name: text}};
+    summary: what summary.json holds: {'stages': {stage: {split:
+      {'accuracy' or 'anchor_distance', 'n', 'ci95'}, 'unrelated_drift'}}, 'seconds': {phase: s},
+      'peak_memory_gb': GB, 'versions': {name: text}};
       every part may be missing, and stages and splits may have any name.
     gallery: rows, in the order to show them within their splits.
     metrics: rows of `read_metrics`.
@@ -71,6 +79,7 @@ def _page(report: ReportData) -> str:
     ('pictures', 'Pictures', gallery(report.gallery, stages)),
     ('curves', 'Curves', _curves(report)),
     ('accuracy', 'Accuracy', accuracy_table(stages)),
+    ('distance', 'Distance', distance_table(stages)),
     ('structure', 'Knowledge structure', structure(report.diagnosis)),
     ('run', 'Run', _run(report)),
     ('notes', 'Notes', _notes(report.notes)),

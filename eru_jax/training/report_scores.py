@@ -1,6 +1,7 @@
-"""What the report says about accuracies: names of stages and splits, bars, a chart, a table.
+"""What the report says about scores: names of stages and splits, bars, a chart, tables.
 
-`stages` is everywhere summary.json's {stage: {split: {'accuracy', 'n', 'ci95'}}}.
+`stages` is everywhere summary.json's {stage: {split: {'accuracy', 'n', 'ci95'}}}; without a judge
+there is 'anchor_distance' in place of 'accuracy'.
 """
 
 import html
@@ -134,9 +135,9 @@ def _measured(
 
 def accuracy_table(stages: Mapping[str, Any]) -> str:
   """Splits by stages with intervals and numbers of prompts, and the drift; or ''."""
-  if not any(stages.values()):
+  distances = any(_has_distance(value) for scores in stages.values() for value in scores.values())
+  if distances or not any(stages.values()):
     return ''
-  head = ''.join(f'<th scope="col">{text(STAGES.get(stage, stage))}</th>' for stage in stages)
   rows = []
   for split in _split_order(stages):
     heading, meaning = SPLITS.get(split, (split, ''))
@@ -150,19 +151,55 @@ def accuracy_table(stages: Mapping[str, Any]) -> str:
       interval = f'{100 * low:.1f} to {percent(high)}, n\u00a0=\u00a0{n}'
       cells += f'<td><b>{percent(share)}</b><small>{interval}</small></td>'
     rows.append(_row(text(heading), text(meaning), cells))
-  drifts = [scores.get('unrelated_drift') for scores in stages.values()]
-  if any(drift is not None for drift in drifts):
-    cells = ''.join('<td>–</td>' if d is None else f'<td><b>{d:.3f}</b></td>' for d in drifts)
-    meaning = (
-      'How far the pictures of unrelated prompts moved from the base’s: root mean square pixel '
-      'difference; 0 is none, 1 is black to white.'
-    )
-    rows.append(_row('Drift', meaning, cells))
-  return table(
-    'Share of right pictures after each stage, with 95\u202f% Wilson intervals',
-    f'<thead><tr><th scope="col">Split</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>',
-    'accuracy',
+  caption = 'Share of right pictures after each stage, with 95\u202f% Wilson intervals'
+  return _by_stage(caption, rows + _drift(stages), stages)
+
+
+def distance_table(stages: Mapping[str, Any]) -> str:
+  """How far pictures are from their anchors', splits by stages, and the drift; or ''."""
+  names = [name for scores in stages.values() for name, v in scores.items() if _has_distance(v)]
+  rows = []
+  for split in dict.fromkeys((*(name for name in SPLITS if name in names), *names)):
+    heading, meaning = SPLITS.get(split, (split, ''))
+    cells = ''
+    for scores in stages.values():
+      value = scores.get(split)
+      if not _has_distance(value):
+        cells += '<td>–</td>'
+        continue
+      low, high = value['ci95']
+      interval = f'{low:.3f} to {high:.3f}, n\u00a0=\u00a0{value["n"]}'
+      cells += f'<td><b>{value["anchor_distance"]:.3f}</b><small>{interval}</small></td>'
+    rows.append(_row(text(heading), text(meaning), cells))
+  caption = (
+    'Distance from what the base draws of the explicit anchor, from the same noise: root mean '
+    'square pixel difference with 95\u202f% intervals'
   )
+  return _by_stage(caption, rows + _drift(stages), stages) if rows else ''
+
+
+def _has_distance(value: Any) -> bool:
+  return isinstance(value, Mapping) and value.get('anchor_distance') is not None
+
+
+def _drift(stages: Mapping[str, Any]) -> list[str]:
+  """The row of the drift, if it was measured."""
+  drifts = [scores.get('unrelated_drift') for scores in stages.values()]
+  if all(drift is None for drift in drifts):
+    return []
+  cells = ''.join('<td>–</td>' if d is None else f'<td><b>{d:.3f}</b></td>' for d in drifts)
+  meaning = (
+    'How far the pictures of unrelated prompts moved from the base’s: root mean square pixel '
+    'difference; 0 is none, 1 is black to white.'
+  )
+  return [_row('Drift', meaning, cells)]
+
+
+def _by_stage(caption: str, rows: list[str], stages: Mapping[str, Any]) -> str:
+  """A table with a column for each stage."""
+  head = ''.join(f'<th scope="col">{text(STAGES.get(stage, stage))}</th>' for stage in stages)
+  head = f'<thead><tr><th scope="col">Split</th>{head}</tr></thead>'
+  return table(caption, f'{head}<tbody>{"".join(rows)}</tbody>', 'accuracy')
 
 
 def _row(heading: str, meaning: str, cells: str) -> str:

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.training import config as config_lib
@@ -32,18 +34,27 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
       raise UserError(f'{path / "config.json"} cannot be read: {error}.') from error
     config = config_lib.from_mapping(config_lib.ExperimentConfig, values)
     return resolve(config), path.absolute()
-  if model != 'emoji_base' and not (path / 'eru_jax.json').is_file():
+  if model != 'emoji_base' and not model_directory.is_model(path):
     raise UserError(
       f'--model={model} is neither the workdir of a run (it would hold config.json) nor a model '
-      "directory (it would hold eru_jax.json) nor 'emoji_base'."
+      "directory (it would hold eru_jax.json or model_index.json) nor 'emoji_base'."
     )
   source = 'emoji_base' if model == 'emoji_base' else str(path)
+  stored = model_directory.read_settings(config_lib.model_path(source))
   settings = config_lib.ModelConfig(source=source, scan=False)
-  stored = model_directory.read_settings(config_lib.model_path(settings))
+  data, evaluation = config_lib.DataConfig(), config_lib.EvaluationConfig()
+  if stored.get('text_encoder') == 'flux':
+    # Large: compiled in a loop, and computed in what accelerators are made for.
+    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    settings = dataclasses.replace(settings, scan=True, dtype=dtype)
+    data = config_lib.DataConfig(world='prompts', pairs='')
+    evaluation = dataclasses.replace(evaluation, batch_size=1)
   sampling = config_lib.from_mapping(
     config_lib.SamplingConfig, stored.get('sampling', {}), 'sampling'
   )
-  config = config_lib.ExperimentConfig(stages=('dk_dm',), model=settings, sampling=sampling)
+  config = config_lib.ExperimentConfig(
+    stages=('dk_dm',), model=settings, data=data, sampling=sampling, evaluation=evaluation
+  )
   return resolve(config), None
 
 

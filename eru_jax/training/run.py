@@ -18,12 +18,11 @@ from eru_jax import sharding
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
-from eru_jax.rewards.emoji import TemplateJudge
 from eru_jax.training import config as config_lib
 from eru_jax.training import experiment as experiment_lib
 from eru_jax.training import workdir as workdir_lib
 from eru_jax.training.diagnosis import diagnose, pairs_to_compare
-from eru_jax.training.evaluation import Evaluation, evaluate
+from eru_jax.training.evaluation import Evaluation, evaluate, judge_of
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.gallery import gallery_rows, save_grids
 from eru_jax.training.loop import run_stage
@@ -32,11 +31,17 @@ from eru_jax.training.report import ReportData, write_report
 from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as
 from eru_jax.weights import model_directory
 
-_NOTES = (
-  'The judge compares with blurred pictures and errs on some drawings that are half right: '
-  'docs/benchmarks.md has its error rates.',
-  'Pictures: Twemoji, graphics by Twitter, Inc. and other contributors, CC-BY 4.0.',
-)
+_NOTES = {
+  'emoji': (
+    'The judge compares with blurred pictures and errs on some drawings that are half right: '
+    'docs/benchmarks.md has its error rates.',
+    'Pictures: Twemoji, graphics by Twitter, Inc. and other contributors, CC-BY 4.0.',
+  ),
+  'prompts': (
+    'No judge looked at these pictures: how far they are from the anchors’ says how much of what '
+    'was to be learnt has been, not whether it is right.',
+  ),
+}
 
 
 def train(config_values: Any, workdir: str) -> None:
@@ -62,7 +67,7 @@ def train(config_values: Any, workdir: str) -> None:
 
   with seconds('load'):
     experiment, snapshot = experiment_lib.open_experiment(config, mesh)
-  judge = TemplateJudge(experiment.world.pictures.images)
+  judge = judge_of(experiment)
   evaluations: dict[str, Evaluation] = {}
   snapshots: dict[str, Snapshot] = {}
 
@@ -116,7 +121,7 @@ def train(config_values: Any, workdir: str) -> None:
       rows,
       read_metrics(directory / 'metrics.jsonl'),
       json.dumps(config_lib.to_json(config), indent=2),
-      _NOTES,
+      _NOTES[config.data.world],
       diagnosis,
     ),
   )
@@ -155,12 +160,13 @@ def stored_model(
 
 
 def describe(scores: dict[str, Any]) -> str:
-  """One line of an evaluation: every split's accuracy and the drift."""
-  parts = [
-    f'{split} {100 * value["accuracy"]:.1f} %'
-    for split, value in scores.items()
-    if isinstance(value, dict)
-  ]
+  """One line of an evaluation: every split's accuracy or distance, and the drift."""
+  parts = []
+  for split, value in scores.items():
+    if isinstance(value, dict) and 'accuracy' in value:
+      parts.append(f'{split} {100 * value["accuracy"]:.1f} %')
+    elif isinstance(value, dict):
+      parts.append(f'{split} {value["anchor_distance"]:.3f} from its anchors')
   if 'unrelated_drift' in scores:
     parts.append(f'drift {scores["unrelated_drift"]:.3f}')
   return ', '.join(parts)

@@ -8,15 +8,16 @@ import zipfile
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from eru_jax.data.pairs import read_prompt_file
+from eru_jax import flow
+from eru_jax.data.pairs import read_lines, read_prompt_file
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
 from eru_jax.files import check_directory, replace_file
-from eru_jax.rewards.emoji import TemplateJudge
-from eru_jax.training.evaluation import draw, start_noise
-from eru_jax.training.pictures import image_grid, png_bytes, save_png
+from eru_jax.training.evaluation import draw, judge_of, start_noise
+from eru_jax.training.pictures import enlargement, image_grid, png_bytes, save_png
 from eru_jax.training.restore import open_model, read_config, snapshots
 from eru_jax.training.run import enable_compilation_cache
 
@@ -38,20 +39,10 @@ class SampleRequest:
   num_images: int = 1
   latents: str | None = None
   save_latents: bool = False
-
-
-def _read_lines(path: pathlib.Path) -> list[str]:
-  try:
-    # At newlines only and without a byte order mark, as prompt files are read.
-    lines = path.read_text(encoding='utf-8-sig').split('\n')
-  except FileNotFoundError as error:
-    raise UserError(f'There is no prompt file {path}: check the path.') from error
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'The prompt file {path} cannot be read: {error}.') from error
-  prompts = [line.strip() for line in lines if line.strip()]
-  if not prompts:
-    raise UserError(f'The prompt file {path} holds no prompts: write one a line.')
-  return prompts
+  image: str | None = None
+  strength: float = 0.6
+  dtype: str | None = None
+  batch_size: int | None = None
 
 
 def _prompts(request: SampleRequest) -> list[str]:
@@ -61,7 +52,7 @@ def _prompts(request: SampleRequest) -> list[str]:
     if path.suffix.lower() in ('.jsonl', '.json'):
       prompts += [pair.implicit for pair in read_prompt_file(path)]
     else:
-      prompts += _read_lines(path)
+      prompts += read_lines(path)
   if not prompts:
     raise UserError('There is nothing to draw: give --prompt (repeatable) or --prompts=FILE.')
   check_prompts(prompts)  # before the world's own prompts come in front of them
@@ -80,6 +71,47 @@ def _read_noise(path: str) -> np.ndarray:
   return noise
 
 
+def _read_image(path: str, size: tuple[int, int]) -> np.ndarray:
+  """A picture file as (1, H, W, 3) float32 in [-1, 1], resized to (H, W)."""
+  from PIL import Image
+
+  try:
+    with Image.open(pathlib.Path(path).expanduser()) as opened:
+      picture = opened.convert('RGB').resize(size[::-1], Image.Resampling.LANCZOS)
+  except FileNotFoundError as error:
+    raise UserError(f'--image={path}: there is no such file.') from error
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    raise UserError(f'--image={path} is not a readable picture: {error}.') from error
+  return np.asarray(picture, np.float32)[None] / 127.5 - 1
+
+
+def start_from_image(
+  latents: jax.Array, noise: jax.Array, schedule: jax.Array, strength: float
+) -> tuple[jax.Array, jax.Array]:
+  """Where sampling sets out from a picture instead of pure noise, as diffusers' img2img does.
+
+  Args:
+    latents: (S, C) of the picture.
+    noise: (N, S, C) start noise.
+    schedule: (steps + 1,) of sampling from pure noise.
+    strength: share of the steps that are taken, in (0, 1]; 1 forgets the picture.
+
+  Returns:
+    States (N, S, C) at the first time that is left, and the (<= steps + 1,) schedule from there.
+
+  Raises:
+    UserError: if no step is left.
+  """
+  steps = len(schedule) - 1
+  skipped = int(max(steps - min(steps * strength, steps), 0))
+  if skipped >= steps:
+    raise UserError(
+      f'--strength={strength:g} leaves none of {steps} steps: raise it, or take more --steps.'
+    )
+  left = schedule[skipped:]
+  return flow.interpolate(latents[None], noise, jnp.full(len(noise), left[0])), left
+
+
 def sample(request: SampleRequest) -> pathlib.Path:
   """Draws the request and returns the output directory.
 
@@ -91,6 +123,12 @@ def sample(request: SampleRequest) -> pathlib.Path:
   prompts = _prompts(request)
   noise = None if request.latents is None else _read_noise(request.latents)
   config, _ = read_config(request.model)
+  overrides: dict[str, Any] = {}
+  if request.dtype is not None:
+    overrides['model'] = dataclasses.replace(config.model, dtype=request.dtype)
+  if request.batch_size is not None:
+    evaluation = dataclasses.replace(config.evaluation, batch_size=request.batch_size)
+    overrides['evaluation'] = evaluation
   changes: dict[str, Any] = {}
   if request.steps is not None:
     changes['num_steps'] = request.steps
@@ -98,7 +136,7 @@ def sample(request: SampleRequest) -> pathlib.Path:
     changes['guidance'] = request.guidance
   sampling = dataclasses.replace(config.sampling, **changes)
   enable_compilation_cache()
-  experiment, snapshot, workdir = open_model(request.model, prompts, sampling=sampling)
+  experiment, snapshot, workdir = open_model(request.model, prompts, sampling=sampling, **overrides)
   model = snapshot.model
   if request.guidance is not None and not getattr(model.backbone.config, 'guidance_embeds', False):
     # A model without a guidance embedding takes the scale as classifier-free guidance.
@@ -126,9 +164,15 @@ def sample(request: SampleRequest) -> pathlib.Path:
   experiment = dataclasses.replace(
     experiment, config=dataclasses.replace(experiment.config, sampling=sampling)
   )
-  judge = TemplateJudge(experiment.world.pictures.images)
-  judged = size == experiment.world.pictures.images.shape[1:3]
-  generated = draw(experiment, snapshot, judge if judged else None, drawn, noise)
+  pictures = experiment.world.pictures
+  judged = pictures is not None and size == pictures.images.shape[1:3]
+  judge, schedule = judge_of(experiment) if judged else None, None
+  if request.image is not None:
+    picture = _read_image(request.image, size)
+    latents = jax.jit(model.encode)(snapshot.autoencoder, picture)[0]
+    schedule = experiment.schedule(model)
+    noise, schedule = start_from_image(latents, noise, schedule, request.strength)
+  generated = draw(experiment, snapshot, judge, drawn, noise, schedule)
 
   records = []
   for index, prompt in enumerate(drawn):
@@ -136,10 +180,11 @@ def sample(request: SampleRequest) -> pathlib.Path:
     replace_file(output / name, png_bytes(generated.images[index]))
     record = {'file': name, 'prompt': prompt, 'stage': label, 'seed': request.seed, 'index': index}
     if judged:
-      record['judge_sees'] = experiment.world.pictures.names[generated.shown[index]]
+      record['judge_sees'] = pictures.names[generated.shown[index]]
     records.append(record)
   columns = request.num_images if request.num_images > 1 else min(len(drawn), 6)
-  save_png(output / 'grid.png', image_grid(generated.images, columns, drawn, scale=2))
+  grid = image_grid(generated.images, columns, drawn, enlargement(generated.images[0]))
+  save_png(output / 'grid.png', grid)
   replace_file(output / 'samples.json', (json.dumps(records, indent=2) + '\n').encode())
   if request.save_latents:
     buffer = io.BytesIO()

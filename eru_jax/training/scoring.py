@@ -10,8 +10,7 @@ from eru_jax.data.pairs import read_prompt_file
 from eru_jax.data.world import answers
 from eru_jax.errors import UserError
 from eru_jax.files import check_directory, replace_file
-from eru_jax.rewards.emoji import TemplateJudge
-from eru_jax.training.evaluation import accuracy, draw, start_noise
+from eru_jax.training.evaluation import accuracy, draw, judge_of, start_noise
 from eru_jax.training.pictures import image_grid, save_png
 from eru_jax.training.restore import open_model, snapshots
 from eru_jax.training.run import enable_compilation_cache
@@ -47,6 +46,11 @@ def score_prompt_file(model: str, prompts: str, output: str, seed: int) -> dict[
   enable_compilation_cache()
   experiment, base, workdir = open_model(model, [*forms['implicit'], *forms['explicit']])
   pictures = experiment.world.pictures
+  if pictures is None:
+    raise UserError(
+      f'--model={model}: no judge knows what its pictures should show, as its data.world is '
+      f'{experiment.config.data.world!r}; `sample` can draw these prompts.'
+    )
   size, known = (base.model.height, base.model.width), pictures.images.shape[1:3]
   if size != known:
     raise UserError(
@@ -54,7 +58,7 @@ def score_prompt_file(model: str, prompts: str, output: str, seed: int) -> dict[
       f'of {known[0]} x {known[1]} only: `sample` can draw with this model, nothing can score it.'
     )
   targets = answers(pictures, pairs, prompts)
-  judge = TemplateJudge(pictures.images)
+  judge = judge_of(experiment)
   noise = start_noise(base.model, seed, 'evaluate', np.arange(len(pairs)))
   stages = {}
   records = [{'id': p.id, 'implicit': p.implicit, 'explicit': p.explicit} for p in pairs]

@@ -1,5 +1,6 @@
 """The directory of a run: which config it belongs to, and what was measured in it so far."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -10,7 +11,15 @@ import numpy as np
 
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
-from eru_jax.training.config import MODEL_NAMES, PAIRS_NAMES, absolute
+from eru_jax.training.config import (
+  DATA_FILES,
+  MODEL_NAMES,
+  NO_PATHS,
+  ExperimentConfig,
+  absolute,
+  from_mapping,
+  to_json,
+)
 from eru_jax.training.evaluation import Evaluation, Generated
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
 
@@ -52,14 +61,13 @@ def read_config(workdir: pathlib.Path) -> tuple[Any, dict[str, str]]:
 
 
 def _input_hashes(config: dict[str, Any]) -> dict[str, str]:
-  path = config['data']['pairs']
-  if path in PAIRS_NAMES:
-    return {}
-  try:
-    return {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()}
-  except OSError:
+  found = {}
+  for path in (config['data'][name] for name in DATA_FILES):
     # Whoever reads it for its prompts can say better what is wrong with it.
-    return {}
+    with contextlib.suppress(OSError):
+      if path not in NO_PATHS:
+        found[path] = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+  return found
 
 
 def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
@@ -113,16 +121,20 @@ def _check_same(
 
 
 def _as_resolved(old: Any, new: dict[str, Any]) -> Any:
-  """A config as workdirs used to keep it, as they do now: paths absolute, text encoder named."""
+  """A config as workdirs used to keep it, as they do now: paths absolute, no key left out."""
   if not isinstance(old, dict):
     return old
   old = dict(old)
-  for section, key, names in (('model', 'source', MODEL_NAMES), ('data', 'pairs', PAIRS_NAMES)):
+  for section, key, names in (('model', 'source', MODEL_NAMES), ('data', 'pairs', NO_PATHS)):
     if isinstance(old.get(section), dict) and isinstance(old[section].get(key), str):
       old[section] = {**old[section], key: absolute(old[section][key], names)}
   if isinstance(old.get('model'), dict):
     old['model'] = {'text_encoder': new['model']['text_encoder'], **old['model']}
-  return old
+  try:
+    # A key that the config did not have then has the default that does what was done then.
+    return json.loads(json.dumps(to_json(from_mapping(ExperimentConfig, old))))
+  except UserError:
+    return old
 
 
 def save_evaluation(workdir: pathlib.Path, label: str, evaluation: Evaluation) -> None:

@@ -5,6 +5,7 @@ serves both. The toy adds `reward/`, the classifier of its world, and names its 
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +25,11 @@ from eru_jax.rewards.emoji import EmojiReward
 from eru_jax.types import Conditioning
 from eru_jax.weights import autoencoder_kl as autoencoder_table
 from eru_jax.weights import flux as flux_table
-from eru_jax.weights import table
+from eru_jax.weights import snapshot, table
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
 
 PyTree = Any
+_OWN = 'eru_jax.json'
 _WEIGHTS = 'diffusion_pytorch_model.safetensors'
 # Family -> (rows, counts) of its backbone's weight table, both functions of the architecture.
 _TABLES: dict[str, tuple[Callable[[Any], Sequence[table.Row]], Callable[[Any], Mapping]]] = {
@@ -59,26 +61,27 @@ class StoredModel:
 
 
 def read_settings(directory: str | pathlib.Path) -> dict[str, Any]:
-  """Contents of a model directory's eru_jax.json.
+  """Contents of a model directory's eru_jax.json, or what a published snapshot says instead.
 
   Raises:
     UserError: if it is missing or damaged.
   """
-  return _read_json(pathlib.Path(directory) / 'eru_jax.json')
+  directory = pathlib.Path(directory)
+  if not (directory / _OWN).is_file() and snapshot.is_snapshot(directory):
+    return snapshot.settings(directory)
+  return _read_json(directory / _OWN)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError:
-    raise UserError(
-      f'{path} is missing: a model directory holds eru_jax.json, transformer/ and vae/.'
-    ) from None
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path} cannot be read: {error}.') from error
-  if not isinstance(values, dict):
-    raise UserError(f'{path} holds no JSON object: copy the file again.')
-  return values
+def is_model(directory: str | pathlib.Path) -> bool:
+  """Whether a directory claims to hold a model."""
+  directory = pathlib.Path(directory)
+  return (directory / _OWN).is_file() or snapshot.is_snapshot(directory)
+
+
+_read_json = functools.partial(
+  snapshot.read_json,
+  missing='a model directory holds eru_jax.json (or model_index.json), transformer/ and vae/',
+)
 
 
 def _float32(tree: PyTree) -> PyTree:
@@ -97,7 +100,7 @@ def load(directory: str | pathlib.Path) -> StoredModel:
       f'There is no model directory {directory}: give `emoji_base` or a directory with '
       'eru_jax.json, transformer/ and vae/.'
     )
-  settings = _read_json(directory / 'eru_jax.json')
+  settings = read_settings(directory)
   family = registry.family(settings.get('family', ''))
   architecture = family.config.from_dict(_read_json(directory / 'transformer' / 'config.json'))
   rows, counts = _TABLES[family.name]
@@ -206,4 +209,4 @@ def save(
     write_safetensors(directory / 'reward' / 'model.safetensors', flat)
   write_json(directory / 'transformer' / 'config.json', architecture.to_dict())
   write_json(directory / 'vae' / 'config.json', config.to_dict())
-  write_json(directory / 'eru_jax.json', {**model.settings, 'family': model.family.name})
+  write_json(directory / _OWN, {**model.settings, 'family': model.family.name})

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eru_jax import flow, sharding
+from eru_jax import sharding
 from eru_jax.data import pipeline
 from eru_jax.errors import UserError
 from eru_jax.training.evaluation import spread
@@ -27,20 +27,20 @@ def teacher_pictures(
   prompts: list[str],
   seeds: int,
   cfg_scale: float,
-  batch_size: int = 64,
 ) -> jax.Array:
   """What the base draws under each prompt: latents (prompts, seeds, S, C) float32.
 
   Deterministic in the config, so that a resumed run makes the same ones again.
   """
-  model = snapshot.model
+  model, batch_size = snapshot.model, experiment.config.evaluation.batch_size
+  schedule = experiment.schedule(model)
 
   @jax.jit
   def draw(backbone, key, conditioning):
     noise = jax.random.normal(key, (batch_size, *model.latent_shape))
     velocity_fn = model.velocity(backbone)
     null = experiment.text.null
-    return model.sample(velocity_fn, noise, conditioning, experiment.schedule, null, cfg_scale)
+    return model.sample(velocity_fn, noise, conditioning, schedule, null, cfg_scale)
 
   key = experiment.key('teacher pictures')
   rows = np.repeat(experiment.text.index(prompts), seeds)
@@ -75,7 +75,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
   # What must stay as it is: the anchors, other names, and the empty prompt. The prompts of split
   # `unrelated` measure drift, so they are not among them.
   taken = {*anchors, *(pair.explicit for pair in experiment.prompts('unrelated'))}
-  others = [name for name in experiment.world.pictures.names if name not in taken]
+  others = [prompt for prompt in experiment.world.others if prompt not in taken]
   others = [others[row] for row in spread(len(others), config.preserved_names)]
   kept = [*anchors, *others, '']
 
@@ -91,7 +91,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
     model,
     experiment.text.null,
     sampling.cfg_scale,
-    flow.timestep_schedule(config.rollout_steps, sampling.shift_mu),
+    experiment.schedule(model, config.rollout_steps),
   )
   cfg_scale = config.baked_scale if config.guidance == 'baked' else sampling.cfg_scale
   # The critic learns first, on several batches; the student then moves once.

@@ -42,7 +42,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   }
   explicit_prompts = round(config.explicit_share * config.prompts_per_step)
   reward = EmojiReward(len(experiment.world.pictures.names))
-  schedule = flow.timestep_schedule(config.rollout_steps, experiment.config.sampling.shift_mu)
+  schedule = experiment.schedule(model, config.rollout_steps)
   density = flow.TimestepDensity('uniform', t_min=config.time_min, t_max=config.time_max)
   variant, dynamics = variants.VARIANTS[config.variant], variants.dynamics(config)
   start = initial_trainable(experiment, snapshot)
