@@ -46,7 +46,7 @@ _LATENTS = flags.DEFINE_string(
   'picture.'
 )  # fmt: skip
 _IMAGE = flags.DEFINE_string(
-  'image', None, 'Picture to set out from instead of pure noise; resized to what is drawn.'
+  'image', None, 'Picture to set out from instead of pure noise, cut to what is drawn.'
 )
 _STRENGTH = flags.DEFINE_float(
   'strength', 0.6, 'Of --image: share of the steps that are taken; 1 forgets the picture.',

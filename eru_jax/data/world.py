@@ -70,7 +70,8 @@ def load_prompt_world(pairs: str, leave_out: str = '', others: str = '') -> Worl
   """Opens a world of prompts without pictures.
 
   Args:
-    pairs: path of a JSON Lines file of knowledge pairs; '' for a world without any.
+    pairs: path of a JSON Lines file of knowledge pairs, whose `image` paths begin where it lies; ''
+      for a world without any.
     leave_out: as of `load_emoji_world`.
     others: path of a text file of prompts, one a line, that are to stay as they are; '' for none.
 
@@ -79,7 +80,12 @@ def load_prompt_world(pairs: str, leave_out: str = '', others: str = '') -> Worl
   """
   tables = {}
   if pairs:
-    groups = by_split(_training_pairs(pairs, leave_out))
+    beside = pathlib.Path(pairs).expanduser().parent
+    given = [
+      pair if pair.image is None else dataclasses.replace(pair, image=str(beside / pair.image))
+      for pair in _training_pairs(pairs, leave_out)
+    ]
+    groups = by_split(given)
     tables = {split: PairTable(tuple(rows)) for split, rows in groups.items()}
     tables.setdefault('explicit', PairTable(_anchors(groups['train'])))
   return World(tables, tuple(dict.fromkeys(read_lines(others))) if others else ())

@@ -229,7 +229,7 @@ class EvaluationConfig:
 
 
 # Stages that learn from the pictures of a world.
-_OF_PICTURES = ('autoencoder', 'reward', 'flow_matching')
+_OF_PICTURES = ('autoencoder', 'reward')
 # Without a model to start from, what a stage's own networks must have been trained by.
 _NEEDS = {
   'flow_matching': ('autoencoder',),

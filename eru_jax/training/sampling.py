@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eru_jax import flow
+from eru_jax.data.image_files import read_image
 from eru_jax.data.pairs import read_lines, read_prompt_file
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
@@ -69,20 +70,6 @@ def _read_noise(path: str) -> np.ndarray:
   if noise.dtype != np.float32:
     raise UserError(f'--latents={path} holds {noise.dtype}: store it as float32.')
   return noise
-
-
-def _read_image(path: str, size: tuple[int, int]) -> np.ndarray:
-  """A picture file as (1, H, W, 3) float32 in [-1, 1], resized to (H, W)."""
-  from PIL import Image
-
-  try:
-    with Image.open(pathlib.Path(path).expanduser()) as opened:
-      picture = opened.convert('RGB').resize(size[::-1], Image.Resampling.LANCZOS)
-  except FileNotFoundError as error:
-    raise UserError(f'--image={path}: there is no such file.') from error
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    raise UserError(f'--image={path} is not a readable picture: {error}.') from error
-  return np.asarray(picture, np.float32)[None] / 127.5 - 1
 
 
 def start_from_image(
@@ -168,8 +155,9 @@ def sample(request: SampleRequest) -> pathlib.Path:
   judged = pictures is not None and size == pictures.images.shape[1:3]
   judge, schedule = judge_of(experiment) if judged else None, None
   if request.image is not None:
-    picture = _read_image(request.image, size)
-    latents = jax.jit(model.encode)(snapshot.autoencoder, picture)[0]
+    picture = read_image(request.image, *size, where='--image')
+    images = picture[None].astype(np.float32) / 127.5 - 1
+    latents = jax.jit(model.encode)(snapshot.autoencoder, images)[0]
     schedule = experiment.schedule(model)
     noise, schedule = start_from_image(latents, noise, schedule, request.strength)
   generated = draw(experiment, snapshot, judge, drawn, noise, schedule)

@@ -1,24 +1,37 @@
-"""Stage `flow_matching`: pretrains the backbone on (name, picture)."""
+"""Stage `flow_matching`: trains on pictures and what they are called.
+
+In the emoji world this is pretraining, on every picture and its name. In a world of prompts it is
+supervised fine-tuning, on the pictures that its training pairs name.
+"""
 
 import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eru_jax import flow, sharding
+from eru_jax import flow
 from eru_jax.data import pipeline
+from eru_jax.data.image_files import read_image
+from eru_jax.data.latents import LatentFile, write_latents
+from eru_jax.errors import UserError
 from eru_jax.losses.flow_matching import flow_matching
-from eru_jax.training.experiment import Experiment, Snapshot
+from eru_jax.models.registry import DiffusionModel
+from eru_jax.training.experiment import Experiment, Snapshot, cache_directory
 from eru_jax.training.loop import Stage
 from eru_jax.training.stage_config import FlowMatchingStageConfig
+from eru_jax.training.stages.common import initial_trainable
 from eru_jax.training.step import StageProgram
 from eru_jax.training.text_dropout import perturb
 
 
 def encode_pictures(snapshot: Snapshot, pictures: np.ndarray, batch_size: int = 64) -> jax.Array:
   """Packed latents (N, S, C) float32 of pictures (N, H, W, 3) uint8."""
-  encode = jax.jit(lambda p, x: snapshot.model.encode(p, x.astype(jnp.float32) / 127.5 - 1))
+  encode = _encoder(snapshot)
   parts = [
     encode(snapshot.autoencoder, pictures[start : start + batch_size])
     for start in range(0, len(pictures), batch_size)
@@ -26,58 +39,122 @@ def encode_pictures(snapshot: Snapshot, pictures: np.ndarray, batch_size: int = 
   return jnp.concatenate(parts)
 
 
-def build(experiment: Experiment, snapshot: Snapshot, config: FlowMatchingStageConfig) -> Stage:
-  """The stage that trains the whole backbone from where the snapshot has it."""
+def _encoder(snapshot: Snapshot) -> Callable:
+  return jax.jit(lambda p, x: snapshot.model.encode(p, x.astype(jnp.float32) / 127.5 - 1))
+
+
+def encode_files(snapshot: Snapshot, files: list[str]) -> LatentFile:
+  """Latents of picture files, out of the shared cache if they were encoded before.
+
+  Raises:
+    UserError: for a file that is missing or no picture.
+  """
   model = snapshot.model
+  digest = hashlib.sha256(repr((model.height, model.width, model.autoencoder.config)).encode())
+  for leaf in jax.tree.leaves(snapshot.autoencoder):
+    digest.update(np.asarray(leaf).tobytes())
+  for file in files:
+    try:
+      digest.update(hashlib.sha256(pathlib.Path(file).read_bytes()).digest())
+    except OSError as error:
+      raise UserError(f'The picture {file} cannot be read: {error.strerror or error}.') from error
+  path = cache_directory() / 'latents' / f'{digest.hexdigest()[:32]}.array_record'
+  if not path.is_file():
+    write_latents(path, _encoded(snapshot, files))
+  return LatentFile(path, model.latent_shape)
+
+
+def _encoded(snapshot: Snapshot, files: list[str]) -> Iterator[np.ndarray]:
+  encode = _encoder(snapshot)
+  for file in files:
+    image = read_image(file, snapshot.model.height, snapshot.model.width)
+    yield np.asarray(encode(snapshot.autoencoder, image[None])[0])
+
+
+def _examples(experiment: Experiment, snapshot: Snapshot) -> tuple[list[str], Callable]:
+  """Prompts of N pictures, and a function that makes rows -> latents (B, S, C) when it is needed.
+
+  Raises:
+    UserError: if a training pair of a world of prompts has no picture.
+  """
   pictures = experiment.world.pictures
-  whole = dataclasses.replace(model, lora=())
+  if pictures is not None:
+
+    def encoded():
+      return np.asarray(encode_pictures(snapshot, pictures.images)).__getitem__
+
+    return list(pictures.names), encoded
+  pairs = experiment.prompts('train')
+  bare = [pair.id for pair in pairs if pair.image is None]
+  if bare or not pairs:
+    raise UserError(
+      f'flow_matching: {len(bare)} of {len(pairs)} training pairs have no `image` '
+      f'({", ".join(bare[:3])}): give each the path of its picture.'
+    )
+  files = [pair.image for pair in pairs]
+  return [pair.implicit for pair in pairs], lambda: encode_files(snapshot, files).take
+
+
+def build(experiment: Experiment, snapshot: Snapshot, config: FlowMatchingStageConfig) -> Stage:
+  """The stage that trains the backbone, or an adapter on it, from where the snapshot has it.
+
+  Raises:
+    UserError: if there are no pictures to learn from.
+  """
+  model = trained(experiment, snapshot)
   density = flow.TimestepDensity('logit_normal', config.time_mean, config.time_std)
+  prompts, open_latents = _examples(experiment, snapshot)
+  latents = functools.cache(open_latents)
+  rows, null = experiment.text.index(prompts), experiment.text.null
+  # Names are short: cutting the padding that all of them share changes nothing but the time.
+  mask = experiment.text.conditioning.mask
+  longest = None if mask is None else int(mask[rows].sum(axis=1).max())
 
-  def make_frozen():
-    text, null = experiment.conditioning(pictures.names), experiment.text.null
-    # Names are short: cutting the padding that all of them share changes nothing but the time.
-    longest = 0 if text.mask is None else int(text.mask.sum(axis=1).max())
+  def cut(conditioning):
+    if conditioning.mask is None:
+      return conditioning
+    return conditioning.replace(
+      tokens=conditioning.tokens[:, :longest], mask=conditioning.mask[:, :longest]
+    )
 
-    def cut(conditioning):
-      if conditioning.mask is None:
-        return conditioning
-      return conditioning.replace(
-        tokens=conditioning.tokens[:, :longest], mask=conditioning.mask[:, :longest]
-      )
-
-    frozen = {
-      'latents': encode_pictures(snapshot, pictures.images),
-      'text': cut(text),
-      'null': cut(null),
-    }
-    return jax.device_put(frozen, sharding.replicated(experiment.mesh))
+  def assemble(index):
+    return {'latents': latents()(index), 'text': cut(experiment.text.take(rows[index]))}
 
   def loss(params, frozen, batch, key, step):
     del step
     time_key, noise_key, text_key = jax.random.split(key, 3)
-    x_0 = frozen['latents'][batch]
+    x_0 = batch['latents']
     noise = jax.random.normal(noise_key, x_0.shape)
-    t = density.sample(time_key, (len(batch),))
+    t = density.sample(time_key, x_0.shape[:1])
     conditioning = perturb(
       text_key,
-      jax.tree.map(lambda x: x[batch], frozen['text']),
+      batch['text'],
       noise=config.text_noise,
       pooled_only=config.pooled_only,
       tokens_only=config.tokens_only,
       drop=config.drop_text,
-      null=frozen['null'],
+      null=cut(null),
     )
-    return flow_matching(whole.velocity(None, params), x_0, noise, t, conditioning)
+    velocity = model.velocity(frozen.get('backbone'), params)
+    return flow_matching(velocity, x_0, noise, t, conditioning)
 
   return Stage(
     program=StageProgram(loss, accumulation=config.accumulation),
-    trainable=snapshot.backbone,
-    make_frozen=make_frozen,
-    batches=pipeline.batches(len(pictures.names), config.batch_size, experiment.config.seed),
-    assemble=lambda index: index,
+    trainable=initial_trainable(experiment, snapshot) if model.lora else snapshot.backbone,
+    make_frozen=lambda: {'backbone': snapshot.backbone} if model.lora else {},
+    batches=pipeline.batches(len(prompts), config.batch_size, experiment.config.seed),
+    assemble=assemble,
   )
 
 
+def trained(experiment: Experiment, snapshot: Snapshot) -> DiffusionModel:
+  """The model with its adapters, or without where whole networks are pretrained."""
+  if experiment.world.pictures is None:
+    return snapshot.model
+  return dataclasses.replace(snapshot.model, lora=())
+
+
 def absorb(experiment: Experiment, snapshot: Snapshot, params) -> Snapshot:
-  del experiment
+  if trained(experiment, snapshot).lora:
+    return dataclasses.replace(snapshot, trainable=params)
   return dataclasses.replace(snapshot, backbone=params, trainable=None)

@@ -1,0 +1,145 @@
+"""`sample` on a FLUX.1 snapshot against diffusers' pipelines: same noise in, same picture out."""
+
+import json
+
+import numpy as np
+import pytest
+from oracle import relative_error
+from PIL import Image
+from tiny_flux import write_snapshot
+
+from eru_jax.errors import UserError
+from eru_jax.training.sampling import SampleRequest, sample
+
+PROMPTS = ('a red apple', 'the fruit that fell on Newton')
+HEIGHT, WIDTH, STEPS = 48, 80, 4
+
+
+@pytest.fixture(scope='module', params=[True, False], ids=['dev', 'schnell'])
+def flux(request, tmp_path_factory):
+  """(directory, diffusers' pipeline, keyword arguments of its call)."""
+  directory = tmp_path_factory.mktemp('flux') / 'snapshot'
+  pipeline = write_snapshot(directory, guidance=request.param)
+  length = 512 if request.param else 256
+  options = dict(
+    prompt=list(PROMPTS), height=HEIGHT, width=WIDTH, num_inference_steps=STEPS,
+    guidance_scale=3.5, max_sequence_length=length,
+  )  # fmt: skip
+  return directory, pipeline, options
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cache(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('ERU_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+    yield
+
+
+def noise(directory, seed=0):
+  """Start noise of both prompts, packed (2, S, C), and the file it is in."""
+  rows, columns, channels = HEIGHT // 16, WIDTH // 16, 16
+  values = np.random.default_rng(seed).standard_normal((2, rows * columns, channels))
+  path = directory / 'noise.npy'
+  np.save(path, values.astype(np.float32))
+  return values.astype(np.float32), str(path)
+
+
+def draw(model, output, latents, **options):
+  request = SampleRequest(
+    str(model), str(output), prompts=PROMPTS, height=HEIGHT, width=WIDTH, steps=STEPS,
+    latents=latents, save_latents=True, batch_size=2, **options,
+  )  # fmt: skip
+  sample(request)
+  pictures = [np.asarray(Image.open(path)) for path in sorted(output.glob('0*.png'))]
+  return np.load(output / 'latents_final.npy'), np.stack(pictures)
+
+
+def test_it_draws_what_diffusers_draws(flux, tmp_path):
+  torch = pytest.importorskip('torch')
+  directory, pipeline, options = flux
+  start, path = noise(tmp_path)
+  ours, pictures = draw(directory, tmp_path / 'out', path)
+  latents = torch.from_numpy(start)
+  theirs = pipeline(**options, latents=latents, output_type='latent').images.numpy()
+  assert relative_error(ours, theirs) <= 1e-4
+  images = pipeline(**options, latents=latents, output_type='np').images
+  assert np.abs(pictures / 255 - images).max() <= 1 / 255
+  record = json.loads((tmp_path / 'out' / 'samples.json').read_text())[0]
+  assert record['prompt'] == PROMPTS[0] and 'judge_sees' not in record
+
+
+@pytest.mark.parametrize('strength', [0.5, 1.0])
+def test_it_sets_out_from_a_picture_as_diffusers_does(flux, tmp_path, monkeypatch, strength):
+  torch = pytest.importorskip('torch')
+  from diffusers.pipelines.flux import pipeline_flux_img2img as reference
+
+  directory, pipeline, options = flux
+  start, path = noise(tmp_path)
+  rng = np.random.default_rng(1)
+  picture = Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8))
+  picture.save(tmp_path / 'start.png')
+  ours, _ = draw(
+    directory, tmp_path / 'out', path, image=str(tmp_path / 'start.png'), strength=strength
+  )
+  unpacked = start.reshape(2, HEIGHT // 16, WIDTH // 16, 4, 2, 2).transpose(0, 3, 1, 4, 2, 5)
+  unpacked = torch.from_numpy(unpacked.reshape(2, 4, HEIGHT // 8, WIDTH // 8).copy())
+  monkeypatch.setattr(reference, 'randn_tensor', lambda *_, **__: unpacked)
+  # Its latents are drawn from the encoder's posterior; ours are the mean.
+  mean = lambda encoded, **_: encoded.latent_dist.mode()  # noqa: E731
+  monkeypatch.setattr(reference, 'retrieve_latents', mean)
+  parts = reference.FluxImg2ImgPipeline(**pipeline.components)
+  parts.set_progress_bar_config(disable=True)
+  theirs = parts(**options, image=picture, strength=strength, output_type='latent').images
+  assert relative_error(ours, theirs.numpy()) <= 1e-4
+
+
+def test_guidance_reaches_the_distilled_model_alone(flux, tmp_path):
+  directory, pipeline, _ = flux
+  _, path = noise(tmp_path)
+  one, two = (
+    draw(directory, tmp_path / str(scale), path, guidance=scale)[0] for scale in (1.0, 2.0)
+  )
+  assert not np.array_equal(one, two)
+  # A model without the embedding takes it as classifier-free guidance, of which 1 is none.
+  if not pipeline.transformer.config.guidance_embeds:
+    np.testing.assert_array_equal(one, draw(directory, tmp_path / 'none', path)[0])
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'height': 50}, 'multiples of 16'),
+    ({'image': 'nosuch.png'}, '--image: there is no picture nosuch.png'),
+    ({'image': 'broken.png'}, 'not a readable picture'),
+    ({'image': 'start.png', 'strength': 0.1, 'steps': 4}, 'leaves none of 4 steps'),
+  ],
+)
+def test_what_cannot_be_drawn_is_refused(flux, tmp_path, monkeypatch, options, message):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'broken.png').write_bytes(b'no picture')
+  Image.new('RGB', (WIDTH, HEIGHT)).save(tmp_path / 'start.png')
+  request = {'prompts': PROMPTS, 'height': HEIGHT, 'width': WIDTH, 'steps': 2} | options
+  with pytest.raises(UserError, match=message):
+    sample(SampleRequest(str(flux[0]), str(tmp_path / 'out'), **request))
+
+
+@pytest.mark.parametrize(
+  'file, values, message',
+  [
+    ('model_index.json', {'_class_name': 'Flux2Pipeline'}, "'Flux2Pipeline'.*only FLUX.1"),
+    ('scheduler/scheduler_config.json', {'_class_name': 'DDIMScheduler'}, 'DDIMScheduler'),
+    ('scheduler/scheduler_config.json', {'base_shift': 0.3}, 'base_shift.* differs'),
+    ('scheduler/scheduler_config.json', {'shift': 0, 'use_dynamic_shifting': False}, 'shift is 0'),
+  ],
+)
+def test_a_snapshot_of_something_else_is_refused(flux, tmp_path, file, values, message):
+  import shutil
+
+  directory = tmp_path / 'other'
+  shutil.copytree(flux[0], directory)
+  path = directory / file
+  path.write_text(json.dumps(json.loads(path.read_text()) | values))
+  if 'base_shift' in values:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'use_dynamic_shifting': True}))
+  with pytest.raises(UserError, match=message):
+    sample(SampleRequest(str(directory), str(tmp_path / 'out'), prompts=PROMPTS))
