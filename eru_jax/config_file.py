@@ -9,10 +9,39 @@ import ast
 import pathlib
 import runpy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eru_jax.errors import UserError
+
+
+def options(
+  argument: str, flags: Sequence[str] = (), values: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+  """Reads the argument of a config file, such as 'int8,res=512'.
+
+  Args:
+    argument: words and NAME=INTEGER, joined by commas; '' for none.
+    flags: words that may be there.
+    values: names that may be given an integer, with their defaults.
+
+  Returns:
+    Word -> whether it is there, and name -> integer.
+
+  Raises:
+    ValueError: for anything else, listing what there is.
+  """
+  found: dict[str, Any] = {**dict.fromkeys(flags, False), **(values or {})}
+  for part in filter(None, argument.split(',')):
+    name, given, text = part.partition('=')
+    if name in flags and not given:
+      found[name] = True
+    elif values and name in values and text.isdecimal():
+      found[name] = int(text)
+    else:
+      known = [*flags, *(f'{name}=INTEGER' for name in values or ())]
+      raise ValueError(f'{part!r} is no argument of this config; there are {", ".join(known)}')
+  return found
 
 
 def load_config(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:

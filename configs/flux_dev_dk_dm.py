@@ -1,0 +1,91 @@
+"""DK-DM on FLUX.1-dev: implicit prompts learn to draw what their explicit anchors draw.
+
+    python -m eru_jax.train --config=configs/flux_dev_dk_dm.py --workdir=runs/flux_dk_dm \\
+      --config.model.source=FLUX.1-dev --config.data.pairs=pairs.jsonl
+
+`model.source` is a snapshot in diffusers' layout, `data.pairs` a JSON Lines file of knowledge pairs,
+`data.others` a text file of ordinary prompts, one a line, that must stay as they are. Arguments,
+joined by commas (`configs/flux_dev_dk_dm.py:full,res=1024`):
+
+    res=512     edge of the pictures in pixels
+    full        trains the whole backbone instead of adapters of rank 64
+    int8        keeps the frozen backbone in int8, for one accelerator of 16 GB
+    runlocal    a tiny random FLUX.1 and prompts in this file: the same code, in a minute on a laptop
+
+What to expect: not known. FLUX.1's weights could not be had where this was written; everything up to
+them is tested (docs/flux.md). Settings: DESIGN of published LoRA runs on FLUX.1, and what the emoji
+world taught (docs/benchmarks.md).
+"""
+
+import ml_collections
+
+from eru_jax.config_file import options
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+  """Arguments: see above."""
+  given = options(arg, flags=('full', 'int8', 'runlocal'), values={'res': 512})
+  config = ml_collections.ConfigDict()
+  config.title = 'DK-DM on FLUX.1-dev'
+  config.stages = ('dk_dm',)
+  config.model = dict(
+    source='FLUX.1-dev',
+    resolution=given['res'],
+    dtype='bfloat16',
+    params='float32' if given['full'] else 'int8' if given['int8'] else 'bfloat16',
+    remat='full',
+  )
+  config.lora = () if given['full'] else (dict(pattern='attn|ff|proj', rank=64, alpha=128.0),)
+  config.mesh = dict(data=1, fsdp=-1)
+  config.data = dict(world='prompts', pairs='pairs.jsonl', others='')
+  config.sampling = dict(num_steps=28, guidance=3.5, shift_mu=None)
+  config.evaluation = dict(max_prompts=32, batch_size=4, gallery=8, diagnosis=0)
+  config.dk_dm = dict(
+    num_steps=2000,
+    teacher_batch=32,
+    rollouts=8,
+    rollout_steps=8,
+    states_per_rollout=4,
+    mixture=0.1,
+    preservation_batch=16,
+    preservation_weight=1.0,
+    accumulation=1,
+    teacher_seeds=2,
+    # Noise and masks on the text are for encoders of sentences; T5's states are taken as they are.
+    text_noise=0.0,
+    pooled_only=0.0,
+    # The text decides where the noise is strong.
+    time_mean=0.8,
+    save_every=100,
+    optimizer=dict(
+      learning_rate=1e-5 if given['full'] else 1e-4,
+      b2=0.99,
+      weight_decay=1e-4,
+      warmup_steps=50,
+      ema_decay=0.99,
+    ),
+  )
+  if given['runlocal']:
+    _shrink(config)
+  return config
+
+
+def _shrink(config: ml_collections.ConfigDict) -> None:
+  """The same experiment on a tiny random model."""
+  config.model.update(source='tiny_flux', resolution=64, dtype='float32')
+  if config.model.params == 'bfloat16':
+    config.model.params = 'float32'
+  config.data.update(pairs='sample')
+  config.sampling.num_steps = 4
+  config.evaluation.update(max_prompts=4, gallery=2)
+  config.dk_dm.update(
+    num_steps=4,
+    teacher_batch=4,
+    rollouts=4,
+    rollout_steps=2,
+    states_per_rollout=2,
+    preservation_batch=4,
+    teacher_seeds=1,
+    log_every=1,
+  )
+  config.dk_dm.optimizer.warmup_steps = 1

@@ -1,0 +1,85 @@
+"""NO-RL on FLUX.1-dev: after DK-DM, unlearn what the reward says is wrong.
+
+    python -m eru_jax.train --config=configs/flux_dev_no_rl.py --workdir=runs/flux_no_rl \\
+      --config.model.source=FLUX.1-dev --config.data.pairs=pairs.jsonl \\
+      --config.adapter=runs/flux_dk_dm/adapters/dk_dm.safetensors \\
+      --config.no_rl.reward_model=sciscore
+
+`model.source` and `data.pairs` as in flux_dev_dk_dm.py. `adapter` is what DK-DM left behind (any
+LoRA file in the form of diffusers or kohya will do); '' begins at the base, which is not advised: bad
+pictures alone do not tell where the good ones are (docs/benchmarks.md). `no_rl.reward_model` is a
+directory with SciScore's weights, or with those of any CLIP for `no_rl.reward='clip_score'`.
+Arguments: `res=512`, `int8`, `runlocal`, as there.
+
+What to expect: not known, as there. Set reward_low and reward_high to what your pictures score when
+they are wrong and right: metrics.jsonl has the mean of every step.
+"""
+
+import ml_collections
+
+from eru_jax.config_file import options
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+  """Arguments: see above."""
+  given = options(arg, flags=('int8', 'runlocal'), values={'res': 512})
+  config = ml_collections.ConfigDict()
+  config.title = 'NO-RL on FLUX.1-dev'
+  config.stages = ('no_rl',)
+  config.adapter = 'runs/flux_dk_dm/adapters/dk_dm.safetensors'
+  config.model = dict(
+    source='FLUX.1-dev',
+    resolution=given['res'],
+    dtype='bfloat16',
+    params='int8' if given['int8'] else 'bfloat16',
+    remat='full',
+  )
+  config.lora = (dict(pattern='attn|ff|proj', rank=64, alpha=128.0),)
+  config.mesh = dict(data=1, fsdp=-1)
+  config.data = dict(world='prompts', pairs='pairs.jsonl')
+  config.sampling = dict(num_steps=28, guidance=3.5, shift_mu=None)
+  config.evaluation = dict(max_prompts=32, batch_size=4, gallery=8, diagnosis=0)
+  config.no_rl = dict(
+    num_steps=120,
+    reward='sci_score',
+    reward_model='sciscore',
+    # What METHODS of the benchmark report for wrong and for right pictures of FLUX.1-dev.
+    reward_low=17.7,
+    reward_high=32.9,
+    prompts_per_step=32,
+    images_per_prompt=16,
+    rollout_steps=8,
+    updates_per_step=2,
+    timesteps_per_image=2,
+    accumulation=8,
+    explicit_share=0.25,
+    time_min=0.3,
+    save_every=10,
+    log_every=1,
+    optimizer=dict(learning_rate=1e-4, b2=0.99, weight_decay=1e-4, ema_decay=0.9),
+  )
+  if given['runlocal']:
+    _shrink(config)
+  return config
+
+
+def _shrink(config: ml_collections.ConfigDict) -> None:
+  """The same experiment on a tiny random model."""
+  config.adapter = ''
+  config.model.update(source='tiny_flux', resolution=64, dtype='float32')
+  if config.model.params == 'bfloat16':
+    config.model.params = 'float32'
+  config.data.pairs = 'sample'
+  config.sampling.num_steps = 4
+  config.evaluation.update(max_prompts=4, gallery=2)
+  config.no_rl.update(
+    num_steps=2,
+    reward='clip_score',
+    reward_model='tiny_clip',
+    reward_low=0.0,
+    reward_high=100.0,
+    prompts_per_step=4,
+    images_per_prompt=2,
+    rollout_steps=2,
+    accumulation=1,
+  )
