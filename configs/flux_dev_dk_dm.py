@@ -3,18 +3,18 @@
     python -m eru_jax.train --config=configs/flux_dev_dk_dm.py --workdir=runs/flux_dk_dm \\
       --config.model.source=FLUX.1-dev --config.data.pairs=pairs.jsonl
 
-`model.source` is a snapshot in diffusers' layout, `data.pairs` a JSON Lines file of knowledge pairs,
-`data.others` a text file of ordinary prompts, one a line, that must stay as they are. Arguments,
-joined by commas (`configs/flux_dev_dk_dm.py:full,res=1024`):
+`model.source` is a snapshot in diffusers' layout, `data.pairs` a JSON Lines file of knowledge
+pairs, `data.others` a text file of ordinary prompts, one a line, that must stay as they are.
+Arguments, joined by commas (`configs/flux_dev_dk_dm.py:full,res=1024`):
 
     res=512     edge of the pictures in pixels
     full        trains the whole backbone instead of adapters of rank 64
     int8        keeps the frozen backbone in int8, for one accelerator of 16 GB
-    runlocal    a tiny random FLUX.1 and prompts in this file: the same code, in a minute on a laptop
+    runlocal    a tiny random FLUX.1 and the package's sample of pairs: the same code, on a laptop
 
-What to expect: not known. FLUX.1's weights could not be had where this was written; everything up to
-them is tested (docs/flux.md). Settings: DESIGN of published LoRA runs on FLUX.1, and what the emoji
-world taught (docs/benchmarks.md).
+What to expect is not known: FLUX.1's weights could not be had where this was written. All that
+leads up to them is tested (docs/flux.md). The settings are those of published adapters of FLUX.1,
+and what the emoji world taught (docs/benchmarks.md).
 """
 
 import ml_collections

@@ -6,13 +6,13 @@
       --config.no_rl.reward_model=sciscore
 
 `model.source` and `data.pairs` as in flux_dev_dk_dm.py. `adapter` is what DK-DM left behind (any
-LoRA file in the form of diffusers or kohya will do); '' begins at the base, which is not advised: bad
-pictures alone do not tell where the good ones are (docs/benchmarks.md). `no_rl.reward_model` is a
-directory with SciScore's weights, or with those of any CLIP for `no_rl.reward='clip_score'`.
+LoRA file in the form of diffusers or kohya will do); '' begins at the base, which is not advised:
+bad pictures alone do not tell where the good ones are (docs/benchmarks.md). `no_rl.reward_model` is
+a directory with SciScore's weights, or with those of any CLIP for `no_rl.reward='clip_score'`.
 Arguments: `res=512`, `int8`, `runlocal`, as there.
 
-What to expect: not known, as there. Set reward_low and reward_high to what your pictures score when
-they are wrong and right: metrics.jsonl has the mean of every step.
+What to expect is not known, as there. Set reward_low and reward_high to what your pictures score
+when they are wrong and when they are right.
 """
 
 import ml_collections
@@ -43,7 +43,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     num_steps=120,
     reward='sci_score',
     reward_model='sciscore',
-    # What METHODS of the benchmark report for wrong and for right pictures of FLUX.1-dev.
+    # FLUX.1-dev's means under superficial and explicit prompts (Science-T2I, arXiv 2504.13129).
     reward_low=17.7,
     reward_high=32.9,
     prompts_per_step=32,

@@ -1,12 +1,12 @@
-"""Supervised fine-tuning of FLUX.1 on pictures and captions: the baseline that DK-DM is compared to.
+"""Supervised fine-tuning of FLUX.1 on pictures and captions, the baseline of DK-DM.
 
     python -m eru_jax.train --config=configs/flux_finetune.py --workdir=runs/flux_finetune \\
       --config.model.source=FLUX.1-dev --config.data.pairs=pictures.jsonl
 
-Each line of `data.pairs` has `implicit` (the caption, or the implicit prompt), `explicit` (the same,
-or its anchor) and `image`, a path that begins where the file lies. Arguments, joined by commas:
-`res=512`, `full`, `int8`, `runlocal`, as in flux_dev_dk_dm.py. Latents are computed once and kept in
-the cache.
+Each line of `data.pairs` has `implicit` (the caption, or the implicit prompt), `explicit` (the
+same, or its anchor) and `image`, a path that begins where the file lies. Arguments, joined by
+commas: `res=512`, `full`, `int8`, `runlocal`, as in flux_dev_dk_dm.py. Latents are computed once
+and kept in the cache.
 """
 
 import ml_collections

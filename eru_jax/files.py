@@ -29,6 +29,14 @@ def replace_file(path: str | os.PathLike, data: bytes) -> None:
     raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
 
 
+def cache_directory() -> pathlib.Path:
+  """Where datasets, embeddings, latents and programs are shared between runs.
+
+  $ERU_JAX_CACHE, or ~/.cache/eru_jax.
+  """
+  return pathlib.Path(os.environ.get('ERU_JAX_CACHE', pathlib.Path.home() / '.cache' / 'eru_jax'))
+
+
 def check_directory(path: str | os.PathLike) -> None:
   """Finds out, before the work is done, whether files can be written below a directory.
 

@@ -42,10 +42,10 @@ def emoji_cache(tmp_path_factory):
 @pytest.fixture(scope='session')
 def tiny_model_dir(emoji_cache, tmp_path_factory):
   """A model directory with random parameters: toy FLUX, autoencoder and reward classifier."""
+  from eru_jax.files import cache_directory
   from eru_jax.models import registry
   from eru_jax.models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
   from eru_jax.rewards.emoji import EmojiReward
-  from eru_jax.training.experiment import cache_directory
   from eru_jax.weights import model_directory
 
   del emoji_cache

@@ -356,7 +356,7 @@ def test_tables_equal_their_sources(data_dir, splits):
 
 def test_fewer_facts_are_learnt_and_asked_for_and_the_rest_stays(emoji_cache):
   from eru_jax.data.world import load_emoji_world
-  from eru_jax.training.experiment import cache_directory
+  from eru_jax.files import cache_directory
 
   whole = load_emoji_world('emoji_knowledge', cache_directory()).splits
   fewer = load_emoji_world('emoji_knowledge', cache_directory(), max_facts=7).splits
@@ -415,7 +415,7 @@ def test_the_dataset_is_read_by_fold(data_dir, facts):
 def load_emoji_world(emoji_cache, monkeypatch):
   """`load_emoji_world` of the cache, which reads pictures and pairs once a test."""
   from eru_jax.data import world
-  from eru_jax.training.experiment import cache_directory
+  from eru_jax.files import cache_directory
 
   for name in ('load_pictures', 'load_pairs'):
     monkeypatch.setattr(world, name, functools.cache(getattr(world, name)))

@@ -13,7 +13,7 @@ def pictures(emoji_cache):
   """All pictures of the world, (N, 64, 64, 3) uint8."""
   del emoji_cache
   from eru_jax.data.emoji_knowledge import load_pictures
-  from eru_jax.training.experiment import cache_directory
+  from eru_jax.files import cache_directory
 
   return load_pictures(cache_directory() / 'datasets').images
 

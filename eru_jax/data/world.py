@@ -20,6 +20,9 @@ from eru_jax.data.pairs import (
 )
 from eru_jax.errors import UserError
 
+# A few pairs about anything, for trying a published model; each has a picture.
+SAMPLE_PAIRS = pathlib.Path(__file__).parent / 'knowledge' / 'sample.jsonl'
+
 
 @dataclasses.dataclass(frozen=True)
 class World:

@@ -6,6 +6,7 @@ range is answered by one sentence that names it.
 
 import dataclasses
 import difflib
+import itertools
 import pathlib
 import sys
 import types
@@ -13,14 +14,16 @@ import typing
 from collections.abc import Container, Mapping
 from typing import Any, get_args, get_origin
 
+from eru_jax import __version__
 from eru_jax.data.emoji_pairs import TRAIN_WORDINGS
 from eru_jax.errors import UserError
+from eru_jax.files import cache_directory
 from eru_jax.flow import MAX_SHIFT_MU
 from eru_jax.models.attention import IMPLEMENTATIONS
 from eru_jax.models.flux import REMAT_POLICIES
 from eru_jax.models.lora import LoraRule
 from eru_jax.sharding import MeshConfig
-from eru_jax.training.checks import require
+from eru_jax.training.checks import one_of, require
 from eru_jax.training.stage_config import STAGE_CONFIGS as STAGE_CONFIGS
 from eru_jax.training.stage_config import (
   AutoencoderStageConfig,
@@ -34,7 +37,6 @@ from eru_jax.training.stage_config import (
 # MiniLM's token states and sentence vector, or its sentence vector alone; or T5's token states and
 # CLIP's pooled ones, out of the model directory.
 TEXT_ENCODERS = ('minilm', 'minilm_sentence', 'flux')
-WORLDS = ('emoji', 'prompts')
 
 
 # What a model directory knows of itself -> (valid, wanted). Types are checked too, since the values
@@ -48,11 +50,12 @@ MODEL_OWN = {
   ),
 }
 # Values of `model.source` and `data.pairs` that are no paths.
-MODEL_NAMES = ('emoji_base', 'scratch')
-PAIRS_NAMES = ('emoji_knowledge',)
+MODEL_NAMES = ('emoji_base', 'tiny_flux', 'scratch')
+# By world.
+PAIRS_NAMES = {'emoji': ('emoji_knowledge',), 'prompts': ('sample', '')}
 # Keys of `data` that name files, and what they may be instead.
 DATA_FILES = ('pairs', 'others')
-NO_PATHS = ('', *PAIRS_NAMES)
+NO_PATHS = ('', *itertools.chain(*PAIRS_NAMES.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,8 @@ class ModelConfig:
   """Which model to train, and how it runs.
 
   Attributes:
-    source: 'emoji_base' (the checkpoint in the package), a model directory, or 'scratch'.
+    source: 'emoji_base' (the checkpoint in the package), a model directory or FLUX.1 snapshot in
+      diffusers' layout, 'tiny_flux' (a tiny random one), or 'scratch'.
     architecture: for 'scratch': overrides of the family's architecture, keyed as its config.json.
     autoencoder: for 'scratch': the same for the autoencoder.
     family: for 'scratch': the model family.
@@ -114,6 +118,8 @@ def model_path(source: str) -> pathlib.Path:
   """The model directory that `model.source` names."""
   if source == 'emoji_base':
     return pathlib.Path(__file__).parent.parent / 'assets' / 'emoji_base'
+  if source == 'tiny_flux':
+    return cache_directory() / 'models' / f'tiny_flux-{__version__}'
   return pathlib.Path(source).expanduser()
 
 
@@ -159,7 +165,8 @@ class DataConfig:
   Attributes:
     world: 'emoji', whose pictures are known, so that a judge and a reward can look; or 'prompts',
       any prompts, of whose pictures nothing is known.
-    pairs: 'emoji_knowledge' (in the package) or a JSON Lines file of knowledge pairs.
+    pairs: a JSON Lines file of knowledge pairs, or what the package has: 'emoji_knowledge', and
+      'sample' for the world of prompts, where '' is nothing at all.
     others: for 'prompts': a text file of prompts, one a line, that ask for no knowledge and are to
       be drawn as before; '' preserves the anchors only. The emoji world has its own.
     wordings_per_fact: of the package's knowledge, training wordings used for each fact.
@@ -179,10 +186,10 @@ class DataConfig:
   def __post_init__(self):
     require(
       self,
-      world=(self.world in WORLDS, f'one of {", ".join(WORLDS)}'),
+      world=one_of(self.world, PAIRS_NAMES),
       pairs=(
-        self.world == 'emoji' or self.pairs not in PAIRS_NAMES,
-        "a JSON Lines file of knowledge pairs, since data.world is 'prompts'",
+        self.pairs not in NO_PATHS or self.pairs in PAIRS_NAMES.get(self.world, NO_PATHS),
+        f'a JSON Lines file of knowledge pairs, since data.world is {self.world!r}',
       ),
       others=(not self.others or self.world == 'prompts', "'' in the emoji world"),
       wordings_per_fact=(

@@ -1,8 +1,6 @@
 """Everything the stages share: the world, its prompts, and the model between two stages."""
 
 import dataclasses
-import os
-import pathlib
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +16,9 @@ from eru_jax.data.embeddings import EmbeddingCache
 from eru_jax.data.flux_text import load_flux_text
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.data.text_encoder import TextEncoder, load_minilm
-from eru_jax.data.world import World, load_emoji_world, load_prompt_world
+from eru_jax.data.world import SAMPLE_PAIRS, World, load_emoji_world, load_prompt_world
 from eru_jax.errors import UserError
+from eru_jax.files import cache_directory
 from eru_jax.models import autoencoder_kl, registry
 from eru_jax.models.minilm import sentence_conditioning
 from eru_jax.training.config import (
@@ -35,6 +34,7 @@ from eru_jax.training.config import (
 )
 from eru_jax.types import Conditioning, VelocityFn
 from eru_jax.weights import model_directory
+from eru_jax.weights.tiny_flux import write_tiny_flux
 
 PyTree = Any
 
@@ -145,11 +145,6 @@ class Experiment:
     return self.world.splits[split].pairs if split in self.world.splits else ()
 
 
-def cache_directory() -> pathlib.Path:
-  """Where prepared datasets and embeddings are shared between runs: $ERU_JAX_CACHE or ~/.cache."""
-  return pathlib.Path(os.environ.get('ERU_JAX_CACHE', pathlib.Path.home() / '.cache' / 'eru_jax'))
-
-
 def open_text(settings: ModelConfig, prompts: Sequence[str]) -> TextTable:
   """Embeds prompts through the shared cache, with the text encoder that the model was made for."""
   if settings.text_encoder == 'flux':
@@ -198,11 +193,13 @@ def resolve_model(settings: ModelConfig) -> ModelConfig:
   """
   stored: dict[str, Any] = {}
   path = model_path(settings.source)
+  if settings.source == 'tiny_flux':
+    write_tiny_flux(path)
   if settings.source != 'scratch':
     if not path.is_dir():
       raise UserError(
-        f'There is no model directory {path}: set model.source to `emoji_base`, `scratch` or a '
-        'directory with eru_jax.json, transformer/ and vae/.'
+        f'There is no model directory {path}: set model.source to {", ".join(MODEL_NAMES)} or a '
+        'directory with eru_jax.json or model_index.json, transformer/ and vae/.'
       )
     stored = model_directory.read_settings(path)
   values = {}
@@ -296,7 +293,8 @@ def open_world(data: DataConfig) -> World:
     UserError: for bad data, or missing packages.
   """
   if data.world == 'prompts':
-    return load_prompt_world(data.pairs, data.leave_out, data.others)
+    pairs = str(SAMPLE_PAIRS) if data.pairs == 'sample' else data.pairs
+    return load_prompt_world(pairs, data.leave_out, data.others)
   return load_emoji_world(
     data.pairs, cache_directory(), data.wordings_per_fact, data.max_facts, data.leave_out
   )

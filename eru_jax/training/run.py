@@ -17,7 +17,7 @@ import jax
 from eru_jax import sharding
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
-from eru_jax.files import replace_file
+from eru_jax.files import cache_directory, replace_file
 from eru_jax.training import config as config_lib
 from eru_jax.training import experiment as experiment_lib
 from eru_jax.training import workdir as workdir_lib
@@ -210,7 +210,7 @@ def print_plan(config: config_lib.ExperimentConfig, mesh: jax.sharding.Mesh) -> 
 
 def enable_compilation_cache() -> None:
   """Compiled programs outlive the process: a second start compiles (almost) nothing."""
-  directory = experiment_lib.cache_directory() / 'xla'
+  directory = cache_directory() / 'xla'
   jax.config.update('jax_compilation_cache_dir', str(directory))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 

@@ -108,14 +108,14 @@ def load(directory: str | pathlib.Path) -> StoredModel:
     directory / 'transformer' / _WEIGHTS,
     rows(architecture),
     counts(architecture),
-    _backbone_shapes(family, architecture),
+    backbone_shapes(family, architecture),
   )
   config = autoencoder_kl.AutoencoderConfig.from_dict(_read_json(directory / 'vae' / 'config.json'))
   autoencoder = _read_weights(
     directory / 'vae' / _WEIGHTS,
     autoencoder_table.rows(config),
     autoencoder_table.counts(config),
-    _autoencoder_shapes(config),
+    autoencoder_shapes(config),
   )
   reward = None
   if (directory / 'reward').is_dir():
@@ -146,7 +146,7 @@ def _read_reward(path: pathlib.Path) -> PyTree:
   return _read_weights(path, [table.Row(name, name) for name in names], {}, shapes)
 
 
-def _autoencoder_shapes(config: autoencoder_kl.AutoencoderConfig) -> PyTree:
+def autoencoder_shapes(config: autoencoder_kl.AutoencoderConfig) -> PyTree:
   """Shapes the autoencoder's parameters must have, without making them."""
   edge, channels = config.downscale, config.in_channels // config.patch_size**2
   images = jax.ShapeDtypeStruct((1, edge, edge, channels), jnp.float32)
@@ -154,7 +154,7 @@ def _autoencoder_shapes(config: autoencoder_kl.AutoencoderConfig) -> PyTree:
   return nn.unbox(jax.eval_shape(module.init, jax.random.key(0), images)['params'])
 
 
-def _backbone_shapes(family: registry.ModelFamily, architecture: Any) -> PyTree:
+def backbone_shapes(family: registry.ModelFamily, architecture: Any) -> PyTree:
   """Shapes the backbone's parameters must have, without making them."""
 
   def init():

@@ -19,9 +19,10 @@ from eru_jax.data import pipeline
 from eru_jax.data.image_files import read_image
 from eru_jax.data.latents import LatentFile, write_latents
 from eru_jax.errors import UserError
+from eru_jax.files import cache_directory
 from eru_jax.losses.flow_matching import flow_matching
 from eru_jax.models.registry import DiffusionModel
-from eru_jax.training.experiment import Experiment, Snapshot, cache_directory
+from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
 from eru_jax.training.stage_config import FlowMatchingStageConfig
 from eru_jax.training.stages.common import initial_trainable
