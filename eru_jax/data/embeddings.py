@@ -25,6 +25,8 @@ from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 from eru_jax.types import Conditioning
 
+# Of FLUX.1, half a gigabyte in float32.
+_AT_ONCE = 64
 # States of a transformer hardly compress, and trying takes longer than making them.
 _WRITER = 'group_size:1,uncompressed'
 _READER = 'readahead_buffer_size:0,max_parallelism:0'
@@ -145,20 +147,43 @@ class EmbeddingCache:
     check_prompts(prompts)  # here, because the encoder would count among the missing ones only
     if not prompts:
       return self._encoder.encode([])
-    rows = self._read(list(dict.fromkeys(prompts)))
-    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
-    if missing:
-      rows |= self._store(missing, self._encoder.encode(missing, warn=False))
-    found = [rows[prompt] for prompt in prompts]
-    conditioning = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    conditioning = self.read(prompts)
     # Here, because whoever uses a prompt is to know, not only who was the first to encode it.
     self._encoder.warn_if_cut(prompts, conditioning.mask)
     return conditioning
 
+  def read(self, prompts: Sequence[str]) -> Conditioning:
+    """`lookup` of N >= 1 prompts, one of which may be the empty one, without a warning."""
+    rows = self._read(list(dict.fromkeys(prompts)))
+    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
+    if '' in missing:
+      rows |= self._store([''], self._encoder.null_conditioning())
+      missing.remove('')
+    if missing:
+      rows |= self._store(missing, self._encoder.encode(missing, warn=False))
+    found = [rows[prompt] for prompt in prompts]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+
+  def fill(self, prompts: Sequence[str], at_once: int = _AT_ONCE) -> None:
+    """Sees to it that prompts can be read without the encoder, and warns as `lookup` does.
+
+    Args:
+      prompts: N texts, repeats allowed.
+      at_once: embeddings of so many are in memory together.
+
+    Raises:
+      UserError: as `lookup`.
+    """
+    check_prompts(prompts)
+    missing = [p for p in dict.fromkeys(prompts) if _key(p) not in self._places]
+    for start in range(0, len(missing), at_once):
+      part = missing[start : start + at_once]
+      self._store(part, self._encoder.encode(part, warn=False))
+    self._encoder.warn_if_cut(prompts, None)
+
   def null(self) -> Conditioning:
     """The embedding of the empty prompt, batch size 1, without asking the encoder twice."""
-    rows = self._read(['']) or self._store([''], self._encoder.null_conditioning())
-    return jax.tree.map(lambda x: x[None], rows[''])
+    return self.read([''])
 
   def _open(self, path: pathlib.Path) -> None:
     """Learns the keys of a file from the list beside it, else from its records."""

@@ -104,15 +104,18 @@ class TextEncoder:
       self.warn_if_cut(prompts, conditioning.mask)
     return conditioning
 
-  def warn_if_cut(self, prompts: Sequence[str], mask: np.ndarray) -> None:
+  def warn_if_cut(self, prompts: Sequence[str], mask: np.ndarray | None = None) -> None:
     """Warns, once for all of them, if prompts are too long for their embeddings.
 
     Args:
       prompts: B texts.
       mask: (B, max_length) bool, of their embeddings. Only prompts that fill their row are
-        tokenised (again), so this costs next to nothing where embeddings come from a cache.
+        tokenised (again), so this costs next to nothing where embeddings come from a cache. None
+        tokenises them all.
     """
-    full = [prompt for prompt, row in zip(prompts, mask, strict=True) if row.all()]
+    full = prompts
+    if mask is not None:
+      full = [prompt for prompt, row in zip(prompts, mask, strict=True) if row.all()]
     cut = [p for p in full if len(self.tokenizer.encode(p).ids) > self.max_length]
     if cut:
       logging.warning(

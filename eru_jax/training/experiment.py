@@ -41,18 +41,20 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
-  """Embeddings of all prompts of a run, on the host.
+  """Embeddings of all prompts of a run, on the host or on disk.
 
   Attributes:
-    conditioning: numpy arrays, one row a prompt.
     rows: prompt -> row. The empty prompt is row 0.
+    take: rows (B,) -> their conditioning, numpy arrays with the batch first.
+    null: the empty prompt, batch size 1.
   """
 
-  conditioning: Conditioning
   rows: dict[str, int]
+  take: Callable[[np.ndarray], Conditioning]
+  null: Conditioning
 
   @classmethod
-  def build(
+  def in_memory(
     cls,
     cache: EmbeddingCache,
     encoder: TextEncoder,
@@ -72,20 +74,29 @@ class TextTable:
     conditioning = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     if sentence_only:
       conditioning = sentence_conditioning(conditioning)
-    return cls(conditioning, {'': 0} | {prompt: i + 1 for i, prompt in enumerate(unique)})
+
+    def take(rows: np.ndarray) -> Conditioning:
+      return jax.tree.map(lambda x: x[rows], conditioning)
+
+    return cls(_numbered(unique), take, take(np.zeros(1, np.int32)))
+
+  @classmethod
+  def on_disk(cls, cache: EmbeddingCache, prompts: Sequence[str]) -> 'TextTable':
+    """The same, read from the cache batch by batch: for encoders that make megabytes of it."""
+    unique = list(dict.fromkeys(prompts))
+    cache.fill(unique)
+    texts = ['', *unique]
+    return cls(
+      _numbered(unique), lambda rows: cache.read([texts[row] for row in rows]), cache.read([''])
+    )
 
   def index(self, prompts: Sequence[str]) -> np.ndarray:
     """Rows of prompts, (N,) int32."""
     return np.array([self.rows[prompt] for prompt in prompts], np.int32)
 
-  def take(self, rows: np.ndarray) -> Conditioning:
-    """The conditioning of rows, batch first."""
-    return jax.tree.map(lambda x: x[rows], self.conditioning)
 
-  @property
-  def null(self) -> Conditioning:
-    """The empty prompt, batch size 1."""
-    return self.take(np.zeros(1, np.int32))
+def _numbered(prompts: Sequence[str]) -> dict[str, int]:
+  return {'': 0} | {prompt: row for row, prompt in enumerate(prompts, start=1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +158,17 @@ class Experiment:
 
 def open_text(settings: ModelConfig, prompts: Sequence[str]) -> TextTable:
   """Embeds prompts through the shared cache, with the text encoder that the model was made for."""
-  if settings.text_encoder == 'flux':
-    encoder = load_flux_text(model_path(settings.source), settings.text_length)
-  else:
+  directory = cache_directory() / 'text'
+  if settings.text_encoder != 'flux':
     encoder = load_minilm(max_length=settings.text_length)
-  cache = EmbeddingCache(cache_directory() / 'text', encoder)
-  return TextTable.build(cache, encoder, prompts, settings.sentence_only)
+    cache = EmbeddingCache(directory, encoder)
+    return TextTable.in_memory(cache, encoder, prompts, settings.sentence_only)
+  encoder = load_flux_text(
+    model_path(settings.source), settings.text_length, settings.dtype, keep_resident=True
+  )
+  table = TextTable.on_disk(EmbeddingCache(directory, encoder), prompts)
+  encoder.release()
+  return table
 
 
 def _build_model(

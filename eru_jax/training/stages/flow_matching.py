@@ -108,8 +108,9 @@ def build(experiment: Experiment, snapshot: Snapshot, config: FlowMatchingStageC
   latents = functools.cache(open_latents)
   rows, null = experiment.text.index(prompts), experiment.text.null
   # Names are short: cutting the padding that all of them share changes nothing but the time.
-  mask = experiment.text.conditioning.mask
-  longest = None if mask is None else int(mask[rows].sum(axis=1).max())
+  longest = None
+  if null.mask is not None:
+    longest = int(experiment.text.take(rows).mask.sum(axis=1).max())
 
   def cut(conditioning):
     if conditioning.mask is None:
