@@ -53,6 +53,23 @@ def _match(path: str, rules: Sequence[LoraRule]) -> LoraRule | None:
   return next((rule for rule in rules if re.search(rule.pattern, path)), None)
 
 
+def exact_rules(sizes: Mapping[str, tuple[int, float]]) -> tuple[LoraRule, ...]:
+  """The rules that give exactly these layers adapters of these sizes.
+
+  Args:
+    sizes: layer path -> (rank, alpha).
+
+  Returns:
+    One rule for each distinct (rank, alpha), in the order in which they come.
+  """
+  layers: dict[tuple[int, float], list[str]] = {}
+  for path, size in sizes.items():
+    layers.setdefault(size, []).append(re.escape(path))
+  return tuple(
+    LoraRule(f'^({"|".join(paths)})$', rank, alpha) for (rank, alpha), paths in layers.items()
+  )
+
+
 def init(key: jax.Array, params: PyTree, rules: Sequence[LoraRule]) -> PyTree:
   """Creates an adapter that changes nothing yet: a is random, b is zero.
 
@@ -116,6 +133,9 @@ def variables(
 
   Returns:
     The adapter with a `scale` beside every a and b.
+
+  Raises:
+    UserError: if the adapter has a layer that no rule matches.
   """
   strength = jnp.asarray(strength, jnp.float32)
   flat = traverse_util.flatten_dict(adapter, sep='/')
@@ -124,6 +144,8 @@ def variables(
     layer, _, leaf = path.rpartition('/')
     if leaf == 'a':
       rule = _match(layer, rules)
+      if rule is None:
+        raise UserError(f'No LoRA rule matches {layer!r}: give the adapter with its own rules.')
       stack = a.shape[:-2]
       scale = strength * (rule.alpha / rule.rank)
       out[f'{layer}/scale'] = jnp.broadcast_to(scale, (*stack, *scale.shape))
@@ -159,3 +181,40 @@ def merge(
       delta = scale * (a @ deltas[f'{layer}/b'])
       flat[f'{layer}/kernel'] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def combine(
+  parts: Sequence[tuple[PyTree, Sequence[LoraRule], float]],
+) -> tuple[PyTree, tuple[LoraRule, ...]]:
+  """One adapter that does what several do together, their ranks side by side.
+
+  Args:
+    parts: (adapter, its rules, strength) of each; a strength may be zero or negative.
+
+  Returns:
+    (adapter, rules): alpha equals the rank everywhere, strengths and scales are in b. A layer is
+    adapted if any of the adapters adapts it.
+
+  Raises:
+    UserError: if two adapters are of models with different layers.
+  """
+  sides: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
+  for adapter, rules, strength in parts:
+    flat = traverse_util.flatten_dict(variables(adapter, rules, strength), sep='/')
+    for path, a in flat.items():
+      layer, _, leaf = path.rpartition('/')
+      if leaf == 'a':
+        b = flat[f'{layer}/scale'][..., None, None] * flat[f'{layer}/b']
+        sides.setdefault(layer, []).append((jnp.asarray(a), b))
+  combined, sizes = {}, {}
+  for layer, pairs in sides.items():
+    if len({(*a.shape[:-1], b.shape[-1]) for a, b in pairs}) > 1:
+      shapes = ', '.join(f'{a.shape} {b.shape}' for a, b in pairs)
+      raise UserError(
+        f'These adapters are not of one model: at {layer!r} they have shapes {shapes}.'
+      )
+    combined[f'{layer}/a'] = jnp.concatenate([a for a, _ in pairs], axis=-1)
+    combined[f'{layer}/b'] = jnp.concatenate([b for _, b in pairs], axis=-2)
+    rank = combined[f'{layer}/a'].shape[-1]
+    sizes[layer] = (rank, float(rank))
+  return traverse_util.unflatten_dict(combined, sep='/'), exact_rules(sizes)

@@ -53,6 +53,9 @@ def _read_one(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise UserError(f'There is no weights file {path}.') from None
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror or error}.') from error
+  except (AttributeError, TypeError) as error:
+    # So safetensors says that numpy lacks a dtype, for example the 8-bit ones.
+    raise UserError(f'{path} holds numbers of a type that cannot be read ({error}).') from error
   except (safetensors.SafetensorError, ValueError, KeyError) as error:
     raise UserError(
       f'{path} is not a whole safetensors file ({error}): copy or download it again.'

@@ -1,0 +1,268 @@
+"""Adapter files that other tools read and write, for FLUX.1.
+
+Two forms:
+  - 'diffusers': `transformer.<module>.lora_A.weight` (rank, in) and `lora_B.weight` (out, rank),
+    with PEFT's settings in the file's metadata, as diffusers' `save_lora_weights` writes it.
+  - 'kohya': `lora_unet_<layer>.lora_down.weight`, `lora_up.weight` and `alpha`, in the layout of
+    the original FLUX.1 (`eru_jax.weights.lora_kohya`), as kohya's sd-scripts writes it.
+
+What we write has alpha = rank everywhere, with the scale in the second matrix. Readers look for
+alpha in different places (metadata, tensors, nowhere: diffusers' reader of kohya files forgets
+that of the last layer), and so it is the same update to all of them.
+"""
+
+import collections
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from absl import logging
+
+from eru_jax import __version__
+from eru_jax.errors import UserError
+from eru_jax.models.flux import FluxConfig
+from eru_jax.models.lora import LoraRule
+from eru_jax.weights import lora_kohya, lora_peft
+from eru_jax.weights.lora_layers import Layer, Update, from_updates, layers, to_updates
+from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
+
+PyTree = Any
+FORMS = ('diffusers', 'kohya')
+_DTYPES = ('float32', 'bfloat16', 'float16')
+# Names of each kind a message lists before it only counts, and characters of each.
+_LISTED, _NAME_LENGTH = 5, 120
+# Weights from a file that are larger are as good as infinite, and may overflow when scaled.
+_BEYOND = 1e15
+
+_TEXT_ENCODERS = ('text_encoder', 'lora_te')
+_PREFIX = re.compile(
+  r'(base_model\.model\.)?(transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?'
+)
+_LEAVES = {
+  '.lora_A.weight': 'down',
+  '.lora_down.weight': 'down',
+  '.lora_B.weight': 'up',
+  '.lora_up.weight': 'up',
+  '.alpha': 'alpha',
+}
+# What else adapter files hold, none of which is a low-rank update.
+_FOREIGN = {
+  r'\.(dora_scale$|lora_magnitude_vector)': 'DoRA',
+  r'\.hada_': 'LoHa',
+  r'\.lokr_': 'LoKr',
+  r'\.(bias|diff_b)$': 'biases',
+}
+
+
+def export_lora(
+  path: str | os.PathLike,
+  adapter: PyTree,
+  rules: Sequence[LoraRule],
+  config: FluxConfig,
+  form: str = 'diffusers',
+  dtype: Any = 'float32',
+  base_model: str = 'FLUX.1',
+) -> None:
+  """Writes an adapter as a safetensors file, whole or not at all.
+
+  Args:
+    path: the file.
+    adapter: nested dict of a (..., in, r) and b (..., r, out), stacked over scanned layers.
+    rules: its rules.
+    config: the architecture that it adapts.
+    form: one of FORMS.
+    dtype: of the stored matrices: float32, bfloat16 or float16.
+    base_model: public name of the model that it was trained on, for the file's metadata.
+
+  Raises:
+    UserError: if the adapter is of another architecture, changes nothing, has numbers that are
+      not finite in this dtype, or if the file cannot be written.
+  """
+  if form not in FORMS:
+    raise UserError(f'Unknown form {form!r} of adapter files: choose one of {", ".join(FORMS)}.')
+  try:
+    dtype = np.dtype(dtype)
+  except TypeError:
+    dtype = None
+  if dtype is None or dtype.name not in _DTYPES:
+    raise UserError(f'Adapters are stored in one of {", ".join(_DTYPES)}: choose one of these.')
+  known = layers(config)
+  updates = to_updates(adapter, rules, known)
+  if not updates:
+    raise UserError('This adapter is zero everywhere, so there is nothing to export.')
+  metadata = {
+    'format': 'pt',
+    'software': f'eru_jax {__version__}',
+    'base_model': base_model,
+    'form': form,
+    'rules': json.dumps([[rule.pattern, rule.rank, rule.alpha] for rule in rules]),
+  }
+  if form == 'diffusers':
+    tensors = _tensors(updates, 'transformer.{}.lora_A.weight', 'transformer.{}.lora_B.weight')
+    metadata |= lora_peft.to_metadata({module: update.rank for module, update in updates.items()})
+  else:
+    fused = {}
+    for original in lora_kohya.originals(config):
+      update = lora_kohya.fuse(original, updates, known)
+      if update is not None:
+        fused['lora_unet_' + original.name.replace('.', '_')] = update
+    tensors = _tensors(fused, '{}.lora_down.weight', '{}.lora_up.weight')
+    tensors |= {f'{name}.alpha': np.float32(update.alpha) for name, update in fused.items()}
+    rank = str(max(update.rank for update in fused.values()))
+    metadata |= {
+      'ss_network_module': 'networks.lora_flux',
+      'ss_base_model_version': 'flux1',
+      'ss_network_dim': rank,
+      'ss_network_alpha': rank,
+    }
+  with np.errstate(over='ignore'):
+    stored = {
+      name: value if name.endswith('.alpha') else value.astype(dtype)
+      for name, value in tensors.items()
+    }
+  for name, value in stored.items():
+    if not np.isfinite(value.astype(np.float32)).all():
+      raise UserError(
+        f'{name} is not finite in {dtype.name}: take another dtype, or an earlier checkpoint if '
+        'the training diverged.'
+      )
+  write_safetensors(path, stored, metadata)
+
+
+def _tensors(updates: Mapping[str, Update], down: str, up: str) -> dict[str, np.ndarray]:
+  tensors = {}
+  for name, update in updates.items():
+    tensors[down.format(name)], tensors[up.format(name)] = update.down, update.up
+  return tensors
+
+
+def import_lora(path: str | os.PathLike, config: FluxConfig) -> tuple[PyTree, tuple[LoraRule, ...]]:
+  """Reads an adapter of either form, whatever prefix its tool puts before names.
+
+  Adapters of text encoders in the same file are left out with a warning.
+
+  Args:
+    path: a safetensors file.
+    config: the architecture that it adapts.
+
+  Returns:
+    (adapter, rules): float32 numpy arrays, and for each distinct (rank, alpha) one rule that
+    names its layers. Where the file gives no alpha, it is the rank.
+
+  Raises:
+    UserError: if the file is missing or damaged, or listing everything in it that this
+      architecture cannot take.
+  """
+  tensors = read_safetensors(path)
+  settings = lora_peft.read(path, _read_metadata(path))
+  known = layers(config)
+  targets = {module: lora_kohya.Original(module, (module,)) for module in known}
+  targets |= {original.name: original for original in lora_kohya.originals(config)}
+  targets = {name.replace('.', '_'): target for name, target in targets.items()}
+
+  problems: dict[str, list[str]] = collections.defaultdict(list)
+  encoders = [key for key in tensors if key.startswith(_TEXT_ENCODERS)]
+  tensors = {key: value for key, value in tensors.items() if key not in set(encoders)}
+  updates: dict[str, Update] = {}
+  for name, parts in _by_layer(tensors, targets, problems).items():
+    target = targets[name.replace('.', '_')]
+    update = _update(name, parts, target, known, settings, problems)
+    for module, part in (lora_kohya.split(target, update, known) if update else {}).items():
+      if module in updates:
+        problems['given twice'].append(name)
+      updates[module] = part
+  if problems:
+    listing = '; '.join(_listing(kind, names) for kind, names in sorted(problems.items()))
+    raise UserError(f'{path} holds what this model cannot take: {listing}.')
+  if not updates:
+    raise UserError(f'{path} holds no adapter of a FLUX.1 transformer: check which file it is.')
+  if encoders:
+    logging.warning('%s: left out, %s.', path, _listing('adapters of text encoders', encoders))
+  return from_updates(updates, known)
+
+
+def _read_metadata(path: str | os.PathLike) -> Mapping[str, str]:
+  try:
+    with safetensors.safe_open(path, framework='np') as file:
+      return file.metadata() or {}
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(f'The metadata of {path} cannot be read: {error}.') from error
+
+
+def _by_layer(
+  tensors: Mapping[str, np.ndarray],
+  targets: Mapping[str, lora_kohya.Original],
+  problems: dict[str, list[str]],
+) -> dict[str, dict[str, np.ndarray]]:
+  """'down', 'up' and 'alpha' of each layer, by its name in the file without prefixes."""
+  found: dict[str, dict[str, np.ndarray]] = {}
+  for key, value in sorted(tensors.items()):
+    leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), None)
+    if leaf is None:
+      kind = next((kind for mark, kind in _FOREIGN.items() if re.search(mark, key)), 'unknown')
+      problems[kind].append(key)
+      continue
+    name = key.removesuffix(leaf)
+    name = name[_PREFIX.match(name).end() :]
+    if name.replace('.', '_') not in targets:
+      problems['of no layer of this model'].append(key)
+    elif _LEAVES[leaf] in found.setdefault(name, {}):
+      problems['given twice'].append(key)
+    else:
+      found[name][_LEAVES[leaf]] = value
+  return found
+
+
+def _update(
+  name: str,
+  parts: Mapping[str, np.ndarray],
+  target: lora_kohya.Original,
+  known: Mapping[str, Layer],
+  settings: lora_peft.PeftSettings,
+  problems: dict[str, list[str]],
+) -> Update | None:
+  """The update that a layer's tensors make, or None and a problem."""
+  if 'down' not in parts or 'up' not in parts:
+    problems['without their other matrix'].append(name)
+    return None
+  down, up = parts['down'], parts['up']
+  n_in, n_out = known[target.parts[0]].n_in, sum(known[part].n_out for part in target.parts)
+  rank = down.shape[0] if down.ndim else 0
+  if not rank or down.shape != (rank, n_in) or up.shape != (n_out, rank):
+    problems['wrong shape'].append(f'{name} {down.shape} {up.shape} for {n_in} -> {n_out}')
+    return None
+  alpha = settings.alpha_of(name, rank)
+  if 'alpha' in parts:
+    value = parts['alpha']
+    alpha = float(value.item()) if value.size == 1 and value.dtype.kind in 'fViu' else None
+  if not lora_peft.valid_alpha(alpha):
+    problems['alpha is no sensible number'].append(name)
+    return None
+  down, up = (_float32(value) for value in (down, up))
+  if down is None or up is None:
+    problems['not finite numbers'].append(name)
+    return None
+  return Update(down, up, alpha)
+
+
+def _float32(value: np.ndarray) -> np.ndarray | None:
+  """A matrix of any floating type; None if it is of no such type, or has numbers beyond reason."""
+  if value.dtype != ml_dtypes.bfloat16 and value.dtype.kind != 'f':
+    return None
+  with np.errstate(over='ignore'):
+    value = value.astype(np.float32)
+  return value if np.all(np.abs(value) < _BEYOND) else None
+
+
+def _listing(kind: str, names: Sequence[str]) -> str:
+  # A name is a stranger's: it stays on its line, and short.
+  shown = [
+    n if n.isprintable() and len(n) <= _NAME_LENGTH else repr(n[:_NAME_LENGTH]) for n in names
+  ]
+  more = f' and {len(names) - _LISTED} more' if len(names) > _LISTED else ''
+  return f'{kind}: {", ".join(shown[:_LISTED])}{more}'
