@@ -45,6 +45,12 @@ _LATENTS = flags.DEFINE_string(
   'latents', None, 'Start noise instead of --seed: .npy file, packed (N, S, C) float32, one row a '
   'picture.'
 )  # fmt: skip
+_LORA = flags.DEFINE_multi_string(
+  'lora', [], 'Adapter file in the form of diffusers or kohya; may be repeated.'
+)
+_LORA_SCALE = flags.DEFINE_multi_float(
+  'lora_scale', [], 'Strength of the adapters, one for all or one for each in turn; 1 by default.'
+)
 _IMAGE = flags.DEFINE_string(
   'image', None, 'Picture to set out from instead of pure noise, cut to what is drawn.'
 )
@@ -82,6 +88,8 @@ def main() -> None:
       num_images=_NUM_IMAGES.value,
       latents=_LATENTS.value,
       save_latents=_SAVE_LATENTS.value,
+      lora=tuple(_LORA.value),
+      lora_scale=tuple(_LORA_SCALE.value),
       image=_IMAGE.value,
       strength=_STRENGTH.value,
       dtype=_DTYPE.value,

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from eru_jax.errors import UserError
@@ -181,6 +182,12 @@ def merge(
       delta = scale * (a @ deltas[f'{layer}/b'])
       flat[f'{layer}/kernel'] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def is_zero(adapter: PyTree) -> bool:
+  """Whether an adapter changes nothing."""
+  flat = traverse_util.flatten_dict(adapter, sep='/')
+  return not any(np.any(value) for path, value in flat.items() if path.endswith('/b'))
 
 
 def combine(

@@ -255,6 +255,8 @@ class ExperimentConfig:
     stages: names of the stages, in the order of STAGE_CONFIGS, each with a section of that name
       below.
     lora: adapter rules; empty means the whole backbone is trained.
+    adapter: a LoRA file to begin with, whose own layers and ranks take the place of `lora`; ''
+      begins with the model alone.
     wandb_project: if not empty, metrics also go to this Weights & Biases project.
     model, data, sampling, evaluation, mesh: see their classes.
     autoencoder, reward, flow_matching, dk_dm, no_rl: the stages' sections.
@@ -264,6 +266,7 @@ class ExperimentConfig:
   title: str = 'eru_jax run'
   seed: int = 0
   lora: tuple[LoraRule, ...] = ()
+  adapter: str = ''
   wandb_project: str = ''
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()

@@ -1,6 +1,7 @@
 """Everything the stages share: the world, its prompts, and the model between two stages."""
 
 import dataclasses
+import pathlib
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from eru_jax.data.text_encoder import TextEncoder, load_minilm
 from eru_jax.data.world import SAMPLE_PAIRS, World, load_emoji_world, load_prompt_world
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory
-from eru_jax.models import autoencoder_kl, registry
+from eru_jax.models import autoencoder_kl, lora, registry
 from eru_jax.models.minilm import sentence_conditioning
 from eru_jax.training.config import (
   DATA_FILES,
@@ -34,6 +35,7 @@ from eru_jax.training.config import (
 )
 from eru_jax.types import Conditioning, VelocityFn
 from eru_jax.weights import model_directory
+from eru_jax.weights.lora_io import import_lora
 from eru_jax.weights.tiny_flux import write_tiny_flux
 
 PyTree = Any
@@ -241,7 +243,8 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
   """
   paths = {name: absolute(getattr(config.data, name), NO_PATHS) for name in DATA_FILES}
   data = dataclasses.replace(config.data, **paths)
-  return dataclasses.replace(config, model=resolve_model(config.model), data=data)
+  adapter = absolute(config.adapter, NO_PATHS)
+  return dataclasses.replace(config, model=resolve_model(config.model), data=data, adapter=adapter)
 
 
 def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
@@ -268,7 +271,50 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
   backbone = jax.device_put(stored.backbone, sharding.logical_shardings(boxed, mesh))
   everywhere = sharding.replicated(mesh)
   reward = None if stored.reward is None else jax.device_put(stored.reward, everywhere)
-  return Snapshot(model, backbone, jax.device_put(stored.autoencoder, everywhere), reward=reward)
+  autoencoder = jax.device_put(stored.autoencoder, everywhere)
+  snapshot = Snapshot(model, backbone, autoencoder, reward=reward)
+  if not config.adapter:
+    return snapshot
+  return with_adapters(snapshot, config, mesh, [(config.adapter, 1.0)])
+
+
+def with_adapters(
+  snapshot: Snapshot,
+  config: ExperimentConfig,
+  mesh: Mesh,
+  files: Sequence[tuple[str, float]],
+) -> Snapshot:
+  """A snapshot with adapters from files, beside what it has been trained to.
+
+  Args:
+    snapshot: the model.
+    config: its experiment.
+    mesh: its devices.
+    files: (path, strength) of each.
+
+  Raises:
+    UserError: if a file is missing, damaged, or of another architecture.
+  """
+  model, backbone = snapshot.model, snapshot.backbone
+  parts = []
+  for path, strength in files:
+    parts.append((*import_lora(pathlib.Path(path), model.backbone.config), strength))
+  if snapshot.trainable is not None and model.lora:
+    parts.append((snapshot.trainable, model.lora, 1.0))
+  elif snapshot.trainable is not None:
+    backbone = snapshot.trainable
+  # One alone keeps its own ranks and alphas.
+  one = len(parts) == 1 and parts[0][2] == 1
+  adapter, rules = parts[0][:2] if one else lora.combine(parts)
+  model = dataclasses.replace(model, lora=rules)
+
+  def boxed():
+    key = jax.random.key(0)
+    return lora.init(key, model.init(key, config.model.num_text_tokens), rules)
+
+  layout = sharding.logical_shardings(jax.eval_shape(boxed), mesh)
+  adapter = jax.device_put(jax.tree.map(np.asarray, adapter), layout)
+  return dataclasses.replace(snapshot, model=model, backbone=backbone, trainable=adapter)
 
 
 def open_experiment(

@@ -15,6 +15,7 @@ from eru_jax.training.metrics import wilson_interval
 
 STAGES = {
   'base': 'Base',
+  'adapter': 'Adapter begun with',
   'dk_dm': 'DK-DM',
   'no_rl': 'NO-RL',
   'autoencoder': 'Autoencoder',
@@ -26,7 +27,9 @@ STAGES = {
 def after(stage: str) -> str:
   """Heading of the pictures that a model draws after a stage."""
   name = STAGES.get(stage, stage)
-  return name if stage == 'base' else f'After {name if name.isupper() else name.lower()}'
+  return (
+    name if stage in ('base', 'adapter') else f'After {name if name.isupper() else name.lower()}'
+  )
 
 
 # Splits in the table's order: heading, and what right answers there say.

@@ -84,7 +84,9 @@ def snapshots(
   """(label, model) at every stage a run has reached, the base first."""
   config = experiment.config
   if config.model.source != 'scratch':
-    yield 'base', base
+    yield 'base', dataclasses.replace(base, trainable=None)
+  if base.trainable is not None:
+    yield 'adapter', base
   snapshot = base
   for name in config.stages if workdir is not None else ():
     module, stage_config = STAGES[name], config.stage(name)

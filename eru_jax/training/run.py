@@ -18,6 +18,7 @@ from eru_jax import sharding
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory, replace_file
+from eru_jax.models import lora
 from eru_jax.training import config as config_lib
 from eru_jax.training import experiment as experiment_lib
 from eru_jax.training import workdir as workdir_lib
@@ -30,6 +31,7 @@ from eru_jax.training.metrics import MetricWriter, read_metrics
 from eru_jax.training.report import ReportData, write_report
 from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as
 from eru_jax.weights import model_directory
+from eru_jax.weights.lora_io import export_lora
 
 _NOTES = {
   'emoji': (
@@ -82,7 +84,9 @@ def train(config_values: Any, workdir: str) -> None:
 
   with MetricWriter(directory, config.wandb_project or None) as writer, sharding.use_mesh(mesh):
     if config.model.source != 'scratch':
-      measure('base', snapshot)
+      measure('base', dataclasses.replace(snapshot, trainable=None))
+    if snapshot.trainable is not None:
+      measure('adapter', snapshot)
     for name in config.stages:
       module = STAGES[name]
       stage_config = config.stage(name)
@@ -91,6 +95,7 @@ def train(config_values: Any, workdir: str) -> None:
         key = experiment.key(f'stage {name}')
         params = run_stage(name, stage, stage_config, key, mesh, directory, writer, config.stages)
         snapshot = module.absorb(experiment, snapshot, params)
+        export_adapter(directory / 'adapters' / f'{name}.safetensors', snapshot)
       label = evaluated_as(name, config.model.source)
       if label:
         measure(label, snapshot)
@@ -157,6 +162,16 @@ def stored_model(
     settings,
     None if snapshot.reward is None else jax.device_get(snapshot.reward),
   )
+
+
+def export_adapter(path: pathlib.Path, snapshot: Snapshot) -> None:
+  """Writes a trained adapter as diffusers reads it; nothing if there is none, or it is all zero."""
+  model = snapshot.model
+  if snapshot.trainable is None or not model.lora:
+    return
+  adapter = jax.device_get(snapshot.trainable)
+  if not lora.is_zero(adapter):
+    export_lora(path, adapter, model.lora, model.backbone.config)
 
 
 def describe(scores: dict[str, Any]) -> str:

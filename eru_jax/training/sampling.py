@@ -18,6 +18,7 @@ from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
 from eru_jax.files import check_directory, replace_file
 from eru_jax.training.evaluation import draw, judge_of, start_noise
+from eru_jax.training.experiment import with_adapters
 from eru_jax.training.pictures import enlargement, image_grid, png_bytes, save_png
 from eru_jax.training.restore import open_model, read_config, snapshots
 from eru_jax.training.run import enable_compilation_cache
@@ -44,6 +45,8 @@ class SampleRequest:
   strength: float = 0.6
   dtype: str | None = None
   batch_size: int | None = None
+  lora: tuple[str, ...] = ()
+  lora_scale: tuple[float, ...] = ()
 
 
 def _prompts(request: SampleRequest) -> list[str]:
@@ -70,6 +73,16 @@ def _read_noise(path: str) -> np.ndarray:
   if noise.dtype != np.float32:
     raise UserError(f'--latents={path} holds {noise.dtype}: store it as float32.')
   return noise
+
+
+def _strengths(request: SampleRequest) -> list[float]:
+  """A strength for each adapter: one may stand for all of them."""
+  count, given = len(request.lora), request.lora_scale or (1.0,)
+  if len(given) not in (1, count):
+    raise UserError(
+      f'There are {len(given)} --lora_scale for {count} --lora: give one for each, or one for all.'
+    )
+  return list(given) * (count // len(given))
 
 
 def start_from_image(
@@ -139,6 +152,10 @@ def sample(request: SampleRequest) -> pathlib.Path:
   size = (request.height or model.height, request.width or model.width)
   model = dataclasses.replace(reached[label].model, height=size[0], width=size[1])
   snapshot = dataclasses.replace(reached[label], model=model)
+  if request.lora:
+    files = zip(request.lora, _strengths(request), strict=True)
+    snapshot = with_adapters(snapshot, experiment.config, experiment.mesh, list(files))
+    model = snapshot.model
 
   drawn = [prompt for prompt in prompts for _ in range(request.num_images)]
   shape = (len(drawn), *model.latent_shape)
