@@ -239,13 +239,9 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
     images = jnp.zeros((1, pixels, pixels, autoencoder.in_channels // autoencoder.patch_size**2))
     params = init_sharded(lambda: model.autoencoder.init(key, images)['params'], mesh)
     return Snapshot(model, backbone, params)
-  stored = model_directory.load(model_path(settings))
+  stored = model_directory.load(model_path(settings), mesh)
   model = _build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
-  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.num_text_tokens))
-  backbone = jax.device_put(stored.backbone, sharding.logical_shardings(boxed, mesh))
-  everywhere = sharding.replicated(mesh)
-  reward = None if stored.reward is None else jax.device_put(stored.reward, everywhere)
-  return Snapshot(model, backbone, jax.device_put(stored.autoencoder, everywhere), reward=reward)
+  return Snapshot(model, stored.backbone, stored.autoencoder, reward=stored.reward)
 
 
 def open_experiment(

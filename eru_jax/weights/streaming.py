@@ -35,7 +35,7 @@ class Stored:
     cast: dtype to cast to on the way; None keeps that of the files.
     int8: regular expression; kernels of layers whose path it is found in become int8 beside a
       `kernel_scale`, as `models.quantize.quantize` makes them. None: no kernel.
-    ignore: beginnings of names in the files that are no part of the model.
+    prefix: of all names of the model; tensors with other names are none of its.
   """
 
   files: TensorFiles
@@ -44,7 +44,7 @@ class Stored:
   shapes: PyTree
   cast: Any = None
   int8: str | None = None
-  ignore: tuple[str, ...] = ()
+  prefix: str = ''
 
   def check(self) -> None:
     """Compares the files' headers with the table.
@@ -54,9 +54,7 @@ class Stored:
         dtype.
     """
     found = {
-      name: tensor
-      for name, tensor in self.files.tensors.items()
-      if not name.startswith(self.ignore or '\0')
+      name: tensor for name, tensor in self.files.tensors.items() if name.startswith(self.prefix)
     }
     try:
       table.check(found, self.rows, self.counts, self.shapes, cast=self.cast is not None)

@@ -47,13 +47,13 @@ class Tensor:
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def parse_header(header: bytes, size: int, path: pathlib.Path) -> dict[str, Tensor]:
+def header_tensors(header: bytes, path: pathlib.Path, size: int | None = None) -> dict[str, Tensor]:
   """The tensors that a header describes.
 
   Args:
     header: its bytes, the length in front not among them.
-    size: bytes of the whole file.
     path: the file.
+    size: bytes of the whole file; None if there is none yet.
 
   Raises:
     ValueError: saying in what the header is wrong: syntax, dtypes, sizes, or offsets that overlap,
@@ -84,7 +84,7 @@ def parse_header(header: bytes, size: int, path: pathlib.Path) -> dict[str, Tens
     if stop - start != found[name].nbytes:
       raise ValueError(f'{name!r} has {stop - start} bytes, but {found[name].nbytes} by its shape')
     end = stop
-  if base + end != size:
+  if size is not None and base + end != size:
     raise ValueError(f'it has {size} bytes, but {base + end} by its header')
   return found
 
@@ -147,7 +147,7 @@ def _open(path: pathlib.Path) -> tuple[bytes, dict[str, Tensor]]:
       if size < 8 or length > min(size - 8, _MAX_HEADER):
         raise ValueError(f'{size} bytes do not hold its header')
       header = file.read(length)
-    return header, parse_header(header, size, path)
+    return header, header_tensors(header, path, size)
   except FileNotFoundError:
     raise UserError(f'There is no weights file {path}.') from None
   except OSError as error:
@@ -269,10 +269,8 @@ class TensorWriter:
     Raises:
       UserError: if it cannot be written.
     """
-    entries = json.loads(header)
-    entries.pop('__metadata__', None)
-    end = max((entry['data_offsets'][1] for entry in entries.values()), default=0)
-    self.tensors = parse_header(header, 8 + len(header) + end, path)
+    self.tensors = header_tensors(header, path)
+    end = sum(tensor.nbytes for tensor in self.tensors.values())
     self._path, self._file, self._left = path, None, end
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
