@@ -75,6 +75,8 @@ class ModelConfig:
       directory holds).
     text_length: tokens a prompt is padded or truncated to.
     dtype: 'float32' or 'bfloat16', of the computation.
+    params: 'float32' or 'bfloat16', of the parameters that are loaded, or 'int8' for the kernels of
+      a backbone's blocks, which can then only stay frozen.
     scan: compile each stack of blocks as a loop (fast compile) or unrolled (faster on CPU).
     remat: what the backward pass keeps: 'none' (all of it), 'names', 'attn' or 'full'.
     attention: attention implementation.
@@ -88,6 +90,7 @@ class ModelConfig:
   text_encoder: str | None = None
   text_length: int | None = None
   dtype: str = 'float32'
+  params: str = 'float32'
   scan: bool = True
   remat: str = 'none'
   attention: str = 'auto'
@@ -98,7 +101,8 @@ class ModelConfig:
       require(self, **{name: (value is None or valid(value), wanted)})
     require(
       self,
-      dtype=(self.dtype in ('float32', 'bfloat16'), "'float32' or 'bfloat16'"),
+      dtype=one_of(self.dtype, ('float32', 'bfloat16')),
+      params=one_of(self.params, ('float32', 'bfloat16', 'int8')),
       remat=(self.remat in REMAT_POLICIES, f'one of {", ".join(REMAT_POLICIES)}'),
       attention=(self.attention in IMPLEMENTATIONS, f'one of {", ".join(IMPLEMENTATIONS)}'),
     )
@@ -314,6 +318,11 @@ class ExperimentConfig:
       raise UserError(
         f'config: `stages` is {list(self.stages)}, but between autoencoder and {tuned[0]} there '
         'must be flow_matching: the backbone knows the latents of the old autoencoder only.'
+      )
+    if self.model.params == 'int8' and not self.lora and not self.adapter:
+      raise UserError(
+        "config: model.params is 'int8', which cannot be trained, and there are no adapters that "
+        'could: give `lora` rules, or set model.params to float32 or bfloat16.'
       )
     if self.data.world == 'prompts':
       self._check_needs_no_pictures()

@@ -39,6 +39,8 @@ from eru_jax.weights.lora_io import import_lora
 from eru_jax.weights.tiny_flux import write_tiny_flux
 
 PyTree = Any
+# What is kept in int8, if anything is: the blocks, which are nearly all of a backbone.
+_INT8_LAYERS = 'transformer_blocks'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,14 +267,15 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
     images = jnp.zeros((1, pixels, pixels, autoencoder.in_channels // autoencoder.patch_size**2))
     params = init_sharded(lambda: model.autoencoder.init(key, images)['params'], mesh)
     return Snapshot(model, backbone, params)
-  stored = model_directory.load(model_path(settings.source))
+  int8 = settings.params == 'int8'
+  stored = model_directory.load(
+    model_path(settings.source),
+    mesh,
+    settings.dtype if int8 else settings.params,
+    int8=_INT8_LAYERS if int8 else None,
+  )
   model = _build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
-  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), settings.num_text_tokens))
-  backbone = jax.device_put(stored.backbone, sharding.logical_shardings(boxed, mesh))
-  everywhere = sharding.replicated(mesh)
-  reward = None if stored.reward is None else jax.device_put(stored.reward, everywhere)
-  autoencoder = jax.device_put(stored.autoencoder, everywhere)
-  snapshot = Snapshot(model, backbone, autoencoder, reward=reward)
+  snapshot = Snapshot(model, stored.backbone, stored.autoencoder, reward=stored.reward)
   if not config.adapter:
     return snapshot
   return with_adapters(snapshot, config, mesh, [(config.adapter, 1.0)])

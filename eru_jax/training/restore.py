@@ -46,7 +46,7 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
   if stored.get('text_encoder') == 'flux':
     # Large: compiled in a loop, and computed in what accelerators are made for.
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    settings = dataclasses.replace(settings, scan=True, dtype=dtype)
+    settings = dataclasses.replace(settings, scan=True, dtype=dtype, params=dtype)
     data = config_lib.DataConfig(world='prompts', pairs='')
     evaluation = dataclasses.replace(evaluation, batch_size=1)
   sampling = config_lib.from_mapping(

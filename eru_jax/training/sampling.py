@@ -125,7 +125,9 @@ def sample(request: SampleRequest) -> pathlib.Path:
   config, _ = read_config(request.model)
   overrides: dict[str, Any] = {}
   if request.dtype is not None:
-    overrides['model'] = dataclasses.replace(config.model, dtype=request.dtype)
+    overrides['model'] = dataclasses.replace(
+      config.model, dtype=request.dtype, params=request.dtype
+    )
   if request.batch_size is not None:
     evaluation = dataclasses.replace(config.evaluation, batch_size=request.batch_size)
     overrides['evaluation'] = evaluation

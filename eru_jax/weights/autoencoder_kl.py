@@ -17,14 +17,17 @@ def _resnet(torch: str, flax: str, shortcut: bool) -> list[Row]:
 def _middle(side: str, config: AutoencoderConfig) -> list[Row]:
   torch, flax = f'{side}.mid_block', f'{side}/mid_block'
   rows = []
+  if config.mid_block_add_attention:
+    rows += norm(f'{torch}.attentions.0.group_norm', f'{flax}/attentions_0/group_norm')
+    for name in ('to_q', 'to_k', 'to_v', 'to_out.0'):
+      rows += linear(f'{torch}.attentions.0.{name}', f'{flax}/attentions_0/{_flat(name)}')
   for index in range(2):
     rows += _resnet(f'{torch}.resnets.{index}', f'{flax}/resnets_{index}', shortcut=False)
-  if config.mid_block_add_attention:
-    torch, flax = f'{torch}.attentions.0', f'{flax}/attentions_0'
-    rows += norm(f'{torch}.group_norm', f'{flax}/group_norm')
-    for name in ('to_q', 'to_k', 'to_v', 'to_out.0'):
-      rows += linear(f'{torch}.{name}', f'{flax}/{name.replace(".", "_")}')
   return rows
+
+
+def _flat(name: str) -> str:
+  return name.replace('.', '_')
 
 
 def _levels(side: str, kind: str, widths: tuple[int, ...], layers: int, step: str) -> list[Row]:
@@ -43,16 +46,18 @@ def _levels(side: str, kind: str, widths: tuple[int, ...], layers: int, step: st
 
 
 def rows(config: AutoencoderConfig) -> list[Row]:
-  """All tensors of an architecture."""
+  """All tensors of an architecture, in the order in which diffusers' module holds them."""
   widths, layers = config.block_out_channels, config.layers_per_block
   table = []
   for side in ('encoder', 'decoder'):
     table += conv(f'{side}.conv_in', f'{side}/conv_in')
-    table += conv(f'{side}.conv_out', f'{side}/conv_out')
-    table += norm(f'{side}.conv_norm_out', f'{side}/conv_norm_out')
+    if side == 'encoder':
+      table += _levels(side, 'down_blocks', widths, layers, 'downsamplers')
+    else:
+      table += _levels(side, 'up_blocks', widths[::-1], layers + 1, 'upsamplers')
     table += _middle(side, config)
-  table += _levels('encoder', 'down_blocks', widths, layers, 'downsamplers')
-  table += _levels('decoder', 'up_blocks', widths[::-1], layers + 1, 'upsamplers')
+    table += norm(f'{side}.conv_norm_out', f'{side}/conv_norm_out')
+    table += conv(f'{side}.conv_out', f'{side}/conv_out')
   if config.use_quant_conv:
     table += conv('quant_conv', 'quant_conv')
   if config.use_post_quant_conv:

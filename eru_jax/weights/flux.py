@@ -8,33 +8,33 @@ from eru_jax.weights.table import Row, linear, norm
 
 def _attention(torch: str, flax: str, names: tuple[str, ...], norms: tuple[str, ...]) -> list[Row]:
   rows = []
-  for name in names:
-    rows += linear(f'{torch}.{name}', f'{flax}/{name.replace(".", "_")}')
   for name in norms:
     rows += norm(f'{torch}.{name}', f'{flax}/{name}', bias=False)
+  for name in names:
+    rows += linear(f'{torch}.{name}', f'{flax}/{name.replace(".", "_")}')
   return rows
 
 
 def rows(config: FluxConfig) -> list[Row]:
-  """All tensors of an architecture; the two kinds of blocks count with {i} and {j}."""
-  embedders = ['timestep_embedder', 'text_embedder']
-  if config.guidance_embeds:
-    embedders.append('guidance_embedder')
+  """All tensors of an architecture, in the order in which diffusers' module holds them; the two
+  kinds of blocks count with {i} and {j}."""
+  embedders = ['timestep_embedder', 'guidance_embedder', 'text_embedder']
+  if not config.guidance_embeds:
+    embedders.remove('guidance_embedder')
   table = []
-  for name in ('x_embedder', 'context_embedder', 'proj_out'):
-    table += linear(name, name)
-  table += linear('norm_out.linear', 'norm_out/linear')
   for name in embedders:
     for layer in ('linear_1', 'linear_2'):
       table += linear(f'time_text_embed.{name}.{layer}', f'time_text_embed/{name}/{layer}')
+  for name in ('context_embedder', 'x_embedder'):
+    table += linear(name, name)
 
   torch, flax = 'transformer_blocks.{i}', 'transformer_blocks'
   for name in ('norm1', 'norm1_context'):
     table += linear(f'{torch}.{name}.linear', f'{flax}/{name}/linear')
   projections = ('to_q', 'to_k', 'to_v', 'to_out.0')
   added = ('add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out')
-  norms = ('norm_q', 'norm_k', 'norm_added_q', 'norm_added_k')
-  table += _attention(f'{torch}.attn', f'{flax}/attn', projections + added, norms)
+  table += _attention(f'{torch}.attn', f'{flax}/attn', projections, ('norm_q', 'norm_k'))
+  table += _attention(f'{torch}.attn', f'{flax}/attn', added, ('norm_added_q', 'norm_added_k'))
   for name in ('ff', 'ff_context'):
     table += linear(f'{torch}.{name}.net.0.proj', f'{flax}/{name}/net_0_proj')
     table += linear(f'{torch}.{name}.net.2', f'{flax}/{name}/net_2')
@@ -46,7 +46,8 @@ def rows(config: FluxConfig) -> list[Row]:
   table += _attention(
     f'{torch}.attn', f'{flax}/attn', ('to_q', 'to_k', 'to_v'), ('norm_q', 'norm_k')
   )
-  return table
+  table += linear('norm_out.linear', 'norm_out/linear')
+  return table + linear('proj_out', 'proj_out')
 
 
 def counts(config: FluxConfig) -> Mapping[str, int]:

@@ -31,7 +31,7 @@ def read_json(path: pathlib.Path, missing: str = 'copy or download it again') ->
     values = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
     raise UserError(f'{path} is missing: {missing}.') from None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} cannot be read: {error}.') from error
   if not isinstance(values, dict):
     raise UserError(f'{path} holds no JSON object: copy the file again.')

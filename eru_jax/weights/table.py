@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,9 @@ from flax import traverse_util
 from eru_jax.errors import UserError
 
 PyTree = Any
+Index = tuple[slice, ...]
+# (tensor, index into it, where to put what is there)
+ReadInto = Callable[[str, Index, np.ndarray], None]
 # Names of each kind a message lists before it only counts.
 _LISTED = 10
 
@@ -23,46 +26,259 @@ class Row:
     torch: the reference's name; {i} and {j} count repeated layers.
     flax: our path. Counters that it lacks are stacked on leading axes; those it has make one
       array each.
-    op: 'copy'; 'linear' swaps the two axes of a matrix; 'conv' turns OIHW into HWIO and back.
+    op: 'copy'; 'linear' swaps the two axes of a matrix; 'pointwise' makes a matrix of a 1x1
+      convolution; 'conv' turns OIHW into HWIO and back.
+    ranges: (start, stop) along the first axis of the reference's tensor; one after the other they
+      are our array. Several rows may share a tensor then, as query, key and value do where the
+      reference has them fused. Empty: the whole tensor.
   """
 
   torch: str
   flax: str
   op: str = 'copy'
+  ranges: tuple[tuple[int, int], ...] = ()
 
 
-_TO_FLAX = {
-  'copy': lambda x: x,
-  'linear': lambda x: np.swapaxes(x, -1, -2),
-  'conv': lambda x: np.transpose(x, (2, 3, 1, 0)),
-}
-_TO_TORCH = {
-  'copy': lambda x: x,
-  'linear': lambda x: np.swapaxes(x, -1, -2),
-  'conv': lambda x: np.transpose(x, (3, 2, 0, 1)),
-}
+# For each axis of the reference's tensor, ours; axes of size 1 that we lack follow.
+_AXES = {'linear': (1, 0), 'pointwise': (1, 0), 'conv': (3, 2, 0, 1)}
+_EXTRA_AXES = {'pointwise': 2}
+_RANKS = {'linear': 2, 'pointwise': 4, 'conv': 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One of our arrays, and the tensors it is made of.
+
+  Attributes:
+    row: the row of the table that it comes from.
+    path: our path, counters filled in.
+    parts: (name of a tensor, its position on the stacked axes).
+    lead: sizes of the stacked axes.
+  """
+
+  row: Row
+  path: str
+  parts: tuple[tuple[str, tuple[int, ...]], ...]
+  lead: tuple[int, ...]
 
 
 def _used(template: str, counts: Mapping[str, int]) -> list[str]:
   return [name for name in counts if '{' + name + '}' in template]
 
 
-def _cells(row: Row, counts: Mapping[str, int]) -> Iterator[tuple[str, list[tuple[str, tuple]]]]:
-  """Yields (flax path, [(torch name, position on the stacked axes)]) of a row."""
-  stacked = [name for name in _used(row.torch, counts) if '{' + name + '}' not in row.flax]
-  separate = [name for name in _used(row.flax, counts)]
-  for fixed in itertools.product(*(range(counts[name]) for name in separate)):
-    known = dict(zip(separate, fixed, strict=True))
-    parts = [
-      (row.torch.format(**known, **dict(zip(stacked, place, strict=True))), place)
-      for place in itertools.product(*(range(counts[name]) for name in stacked))
-    ]
-    yield row.flax.format(**known), parts
+def cells(rows: Sequence[Row], counts: Mapping[str, int]) -> list[Cell]:
+  """All our arrays, in the table's order."""
+  found = []
+  for row in rows:
+    stacked = [name for name in _used(row.torch, counts) if '{' + name + '}' not in row.flax]
+    separate = _used(row.flax, counts)
+    lead = tuple(counts[name] for name in stacked)
+    for fixed in itertools.product(*(range(counts[name]) for name in separate)):
+      known = dict(zip(separate, fixed, strict=True))
+      parts = tuple(
+        (row.torch.format(**known, **dict(zip(stacked, place, strict=True))), place)
+        for place in itertools.product(*map(range, lead))
+      )
+      found.append(Cell(row, row.flax.format(**known), parts, lead))
+  return found
 
 
-def _listing(kind: str, names: Sequence[str]) -> str:
-  more = f' and {len(names) - _LISTED} more' if len(names) > _LISTED else ''
-  return f'{kind}: {", ".join(names[:_LISTED])}{more}'
+def names(rows: Sequence[Row], counts: Mapping[str, int]) -> list[str]:
+  """The reference's tensors, layer by layer: the order of its state_dict, if the rows have it."""
+  found: dict[str, None] = {}
+  for used, group in itertools.groupby(rows, key=lambda row: _used(row.torch, counts)):
+    group = list(group)
+    for place in itertools.product(*(range(counts[name]) for name in used)):
+      known = dict(zip(used, place, strict=True))
+      found |= dict.fromkeys(row.torch.format(**known) for row in group)
+  return list(found)
+
+
+def prefixed(rows: Sequence[Row], prefix: str) -> list[Row]:
+  """The same table for tensors whose names begin with a prefix."""
+  return [dataclasses.replace(row, torch=prefix + row.torch) for row in rows]
+
+
+def _order(op: str, ndim: int) -> tuple[int, ...]:
+  return _AXES.get(op, tuple(range(ndim)))
+
+
+def _lengths(rows: Sequence[Row]) -> dict[str, int]:
+  """First axis of tensors that rows take ranges of, by their names in the rows."""
+  found: dict[str, int] = {}
+  for row in rows:
+    for _, stop in row.ranges:
+      found[row.torch] = max(stop, found.get(row.torch, 0))
+  return found
+
+
+def _torch_shape(cell: Cell, shape: Sequence[int], lengths: Mapping[str, int]) -> tuple[int, ...]:
+  """Shape of the reference's tensors, out of that of our array."""
+  row, inner = cell.row, shape[len(cell.lead) :]
+  first, *rest = [inner[axis] for axis in _order(row.op, len(inner))] or [None]
+  if first is None:
+    return ()
+  return (lengths.get(row.torch, first), *rest, *[1] * _EXTRA_AXES.get(row.op, 0))
+
+
+def torch_shapes(
+  rows: Sequence[Row], counts: Mapping[str, int], shapes: PyTree
+) -> dict[str, tuple[int, ...]]:
+  """Shapes of the reference's tensors, in the order of `names`.
+
+  Args:
+    rows, counts: the table.
+    shapes: nested dict of arrays or ShapeDtypeStructs, our parameters.
+  """
+  flat, lengths = traverse_util.flatten_dict(shapes, sep='/'), _lengths(rows)
+  found = {}
+  for cell in cells(rows, counts):
+    shape = _torch_shape(cell, flat[cell.path].shape, lengths)
+    found |= dict.fromkeys((name for name, _ in cell.parts), shape)
+  return {name: found[name] for name in names(rows, counts)}
+
+
+def _listing(kind: str, found: Sequence[str]) -> str:
+  more = f' and {len(found) - _LISTED} more' if len(found) > _LISTED else ''
+  return f'{kind}: {", ".join(found[:_LISTED])}{more}'
+
+
+def check(
+  found: Mapping[str, Any],
+  rows: Sequence[Row],
+  counts: Mapping[str, int],
+  shapes: PyTree | None = None,
+  cast: bool = False,
+) -> None:
+  """Compares tensors, or what a file's header says of them, with a table.
+
+  Args:
+    found: the reference's tensors by name; anything with `shape` and `dtype`.
+    rows: the table.
+    counts: how often each counter runs, e.g. {'i': 19}.
+    shapes: nested dict of arrays or ShapeDtypeStructs that the result must match, or None.
+    cast: whether the tensors will be cast to one dtype, so that theirs may differ.
+
+  Raises:
+    UserError: listing every missing, unexpected, wrong-shaped and wrong-typed tensor.
+  """
+  wanted = None if shapes is None else traverse_util.flatten_dict(shapes, sep='/')
+  lengths, seen = _lengths(rows), set()
+  problems: dict[str, dict[str, None]] = {
+    kind: {} for kind in ('missing', 'unexpected', 'wrong shape', 'wrong dtype')
+  }
+  table = cells(rows, counts)
+  for cell in table:
+    present = [name for name, _ in cell.parts if name in found]
+    seen.update(name for name, _ in cell.parts)
+    problems['missing'] |= dict.fromkeys(name for name, _ in cell.parts if name not in found)
+    if not present:
+      continue
+    first, place = found[present[0]], ''
+    expected, rank = tuple(first.shape), _RANKS.get(cell.row.op, len(first.shape))
+    if wanted is not None and cell.path in wanted:
+      shape = tuple(wanted[cell.path].shape)
+      expected, place = _torch_shape(cell, shape, lengths), f', for {cell.path} {shape}'
+    elif cell.row.torch in lengths:
+      expected = (lengths[cell.row.torch], *expected[1:])
+    for name in present:
+      shape, dtype = tuple(found[name].shape), np.dtype(found[name].dtype)
+      if shape != expected or len(shape) != rank:
+        problems['wrong shape'][f'{name} {shape}{place}'] = None
+      if not _is_float(dtype):
+        problems['wrong dtype'][f'{name} {dtype}, which is no floating point'] = None
+      elif dtype != first.dtype and not cast:
+        problems['wrong dtype'][f'{name} {dtype}, but {present[0]} {first.dtype}'] = None
+  problems['unexpected'] = dict.fromkeys(sorted(set(found) - seen))
+  parts = [_listing(kind, list(listed)) for kind, listed in problems.items() if listed]
+  paths = {cell.path for cell in table}
+  if wanted is not None and not parts and set(wanted) != paths:
+    parts.append(_listing('not in the table', sorted(set(wanted) ^ paths)))
+  if parts:
+    raise UserError(
+      f'The weights do not fit this model ({"; ".join(parts)}): check that weights and '
+      'config.json belong together.'
+    )
+
+
+def _is_float(dtype: np.dtype) -> bool:
+  # numpy files bfloat16 and the float8s under 'V', of which ml_dtypes alone has finfo.
+  return dtype.kind == 'f' or (dtype.kind == 'V' and 'float' in dtype.name)
+
+
+def _pieces(ranges: tuple[tuple[int, int], ...], start: int, stop: int) -> Iterator[tuple]:
+  """(slice of ours counted from `start`, slice of the reference's) for start:stop of our axis."""
+  before = 0
+  for first, last in ranges or ((0, stop),):
+    low, high = max(start, before), min(stop, before + last - first)
+    if low < high:
+      yield slice(low - start, high - start), slice(first + low - before, first + high - before)
+    before += last - first
+
+
+def gather(cell: Cell, index: Index, dtype: Any, read: ReadInto) -> np.ndarray:
+  """A part of one of our arrays.
+
+  Args:
+    cell: the array.
+    index: a slice of each of its axes, with start and stop.
+    dtype: of the result.
+    read: read(name, index, out) puts what is at an index of one of the reference's tensors into
+      a C-contiguous array, cast to its dtype.
+
+  Returns:
+    That part, in general as a transposed view: nothing is moved but once, by `read`.
+  """
+  lead, inner = index[: len(cell.lead)], index[len(cell.lead) :]
+  order, extra = _order(cell.row.op, len(inner)), _EXTRA_AXES.get(cell.row.op, 0)
+  theirs = [inner[axis] for axis in order]
+  shape = [part.stop - part.start for part in (*lead, *theirs)]
+  out = np.empty(shape, dtype)
+  for name, place in cell.parts:
+    if not all(part.start <= at < part.stop for at, part in zip(place, lead, strict=True)):
+      continue
+    at = tuple(at - part.start for at, part in zip(place, lead, strict=True))
+    whole = out[(*at, ..., *[None] * extra)]
+    if not theirs:
+      read(name, (), whole)
+      continue
+    first, *rest = theirs
+    for mine, where in _pieces(cell.row.ranges, first.start, first.stop):
+      read(name, (where, *rest, *[slice(0, 1)] * extra), whole[mine])
+  depth = len(lead)
+  back = [depth + axis for axis in np.argsort(order)]
+  return out.transpose(*range(depth), *back)
+
+
+def scatter(cell: Cell, value: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
+  """The reference's tensors out of one of our arrays, the inverse of `gather`.
+
+  Yields:
+    (name, first row, rows): views of `value` in the reference's layout. A tensor comes in as many
+    pieces as the table cuts it into.
+  """
+  order = _order(cell.row.op, value.ndim - len(cell.lead))
+  extra = [None] * _EXTRA_AXES.get(cell.row.op, 0)
+  for name, place in cell.parts:
+    part = value[(*place, ...)].transpose(order)[(..., *extra)]
+    start = 0
+    for first, last in cell.row.ranges or ((0, part.shape[0] if part.ndim else 0),):
+      yield name, first, part[start : start + last - first] if part.ndim else part
+      start += last - first
+
+
+def full(shape: Sequence[int]) -> Index:
+  """The index of a whole array."""
+  return tuple(slice(0, size) for size in shape)
+
+
+def flax_shape(cell: Cell, found: Mapping[str, Any]) -> tuple[int, ...]:
+  """Shape of one of our arrays, out of the tensors it is made of."""
+  shape = tuple(found[cell.parts[0][0]].shape)
+  if cell.row.ranges:
+    shape = (sum(stop - start for start, stop in cell.row.ranges), *shape[1:])
+  order = _order(cell.row.op, len(shape) - _EXTRA_AXES.get(cell.row.op, 0))
+  return (*cell.lead, *(shape[axis] for axis in np.argsort(order)))
 
 
 def to_flax(
@@ -75,50 +291,24 @@ def to_flax(
 
   Args:
     tensors: the reference's tensors by name.
-    rows: the table.
-    counts: how often each counter runs, e.g. {'i': 19}.
+    rows, counts: the table.
     shapes: nested dict of arrays or ShapeDtypeStructs that the result must match, or None.
 
   Returns:
-    Nested dict of arrays in the tensors' dtype.
+    Nested dict of new arrays in the tensors' dtype.
 
   Raises:
-    UserError: listing every missing, unexpected and wrong-shaped tensor.
+    UserError: as `check`.
   """
-  wanted = None if shapes is None else traverse_util.flatten_dict(shapes, sep='/')
-  flat, missing, wrong, seen = {}, [], [], set()
-  for row in rows:
-    for path, parts in _cells(row, counts):
-      names = [name for name, _ in parts]
-      seen.update(names)
-      absent = [name for name in names if name not in tensors]
-      missing += absent
-      if absent:
-        continue
-      values = [tensors[name] for name in names]
-      pairs = zip(names, values, strict=True)
-      odd = [f'{name} {value.shape}' for name, value in pairs if value.shape != values[0].shape]
-      if odd or values[0].ndim != {'linear': 2, 'conv': 4}.get(row.op, values[0].ndim):
-        wrong += odd or [f'{names[0]} {values[0].shape}']
-        continue
-      values = [_TO_FLAX[row.op](value) for value in values]
-      places = parts[-1][1]
-      lead = tuple(last + 1 for last in places)
-      flat[path] = np.stack(values).reshape(*lead, *values[0].shape) if lead else values[0]
-      if wanted is not None and path in wanted and wanted[path].shape != flat[path].shape:
-        wrong.append(f'{names[0]} {tensors[names[0]].shape}, for {path} {wanted[path].shape}')
-  problems = []
-  unexpected = sorted(set(tensors) - seen)
-  for kind, names in (('missing', missing), ('unexpected', unexpected), ('wrong shape', wrong)):
-    if names:
-      problems.append(_listing(kind, names))
-  if wanted is not None and not missing and set(wanted) != set(flat) and not wrong:
-    problems.append(_listing('not in the table', sorted(set(wanted) ^ set(flat))))
-  if problems:
-    raise UserError(
-      f'The weights do not fit this model ({"; ".join(problems)}): check that weights and '
-      'config.json belong together.'
-    )
+  check(tensors, rows, counts, shapes)
+
+  def read(name: str, index: Index, out: np.ndarray) -> None:
+    out[...] = tensors[name][index]
+
+  flat = {}
+  for cell in cells(rows, counts):
+    dtype = tensors[cell.parts[0][0]].dtype
+    flat[cell.path] = gather(cell, full(flax_shape(cell, tensors)), dtype, read)
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -130,32 +320,45 @@ def to_torch(
   Raises:
     UserError: if parameters are missing from the tree or not in the table.
   """
-  flat = dict(traverse_util.flatten_dict(params, sep='/'))
-  tensors, missing = {}, []
-  for row in rows:
-    for path, parts in _cells(row, counts):
-      if path not in flat:
-        missing.append(path)
-        continue
-      value = np.asarray(flat.pop(path))
-      for name, place in parts:
-        tensors[name] = np.asarray(_TO_TORCH[row.op](value[place]), order='C')
-  if missing or flat:
-    parts = [_listing(k, v) for k, v in (('missing', missing), ('unknown', sorted(flat))) if v]
+  flat, lengths = traverse_util.flatten_dict(params, sep='/'), _lengths(rows)
+  table = cells(rows, counts)
+  missing = [cell.path for cell in table if cell.path not in flat]
+  unknown = sorted(set(flat) - {cell.path for cell in table})
+  if missing or unknown:
+    parts = [_listing(k, v) for k, v in (('missing', missing), ('unknown', unknown)) if v]
     raise UserError(f'These parameters do not fit the weight table ({"; ".join(parts)}).')
+  tensors: dict[str, np.ndarray] = {}
+  for cell in table:
+    for name, first, part in scatter(cell, np.asarray(flat[cell.path])):
+      if not cell.row.ranges:
+        tensors[name] = np.asarray(part, order='C')
+        continue
+      if name not in tensors:
+        tensors[name] = np.empty((lengths[cell.row.torch], *part.shape[1:]), part.dtype)
+      tensors[name][first : first + len(part)] = part
   return tensors
 
 
-def linear(torch: str, flax: str, bias: bool = True) -> list[Row]:
-  """Rows of a linear layer."""
-  rows = [Row(f'{torch}.weight', f'{flax}/kernel', 'linear')]
-  return [*rows, Row(f'{torch}.bias', f'{flax}/bias')] if bias else rows
+def linear(
+  torch: str, flax: str, bias: bool = True, ranges: tuple[tuple[int, int], ...] = ()
+) -> list[Row]:
+  """Rows of a linear layer, whose output channels are `ranges` of the reference's."""
+  rows = [Row(f'{torch}.weight', f'{flax}/kernel', 'linear', ranges)]
+  return [*rows, Row(f'{torch}.bias', f'{flax}/bias', 'copy', ranges)] if bias else rows
 
 
 def conv(torch: str, flax: str) -> list[Row]:
   """Rows of a convolution."""
   return [
     Row(f'{torch}.weight', f'{flax}/kernel', 'conv'),
+    Row(f'{torch}.bias', f'{flax}/bias'),
+  ]
+
+
+def pointwise(torch: str, flax: str) -> list[Row]:
+  """Rows of a linear layer that the reference has as a 1x1 convolution."""
+  return [
+    Row(f'{torch}.weight', f'{flax}/kernel', 'pointwise'),
     Row(f'{torch}.bias', f'{flax}/bias'),
   ]
 

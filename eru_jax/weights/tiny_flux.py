@@ -20,7 +20,7 @@ from eru_jax.models import autoencoder_kl, clip, flux, registry, t5
 from eru_jax.weights import autoencoder_kl as autoencoder_table
 from eru_jax.weights import clip as clip_table
 from eru_jax.weights import flux as flux_table
-from eru_jax.weights import model_directory, snapshot, table
+from eru_jax.weights import layouts, snapshot, table
 from eru_jax.weights import t5 as t5_table
 from eru_jax.weights.safetensors_io import write_safetensors
 
@@ -85,12 +85,12 @@ def write_tiny_flux(directory: str | os.PathLike, guidance: bool = True, seed: i
     }
   )
   autoencoder = autoencoder_kl.AutoencoderConfig.from_dict(_AUTOENCODER)
-  shapes = model_directory.backbone_shapes(registry.family('flux'), architecture)
+  shapes = layouts.backbone(registry.family('flux')).shapes(architecture)
   rows, counts = flux_table.rows(architecture), flux_table.counts(architecture)
   _write(temporary / 'transformer', shapes, rows, counts, architecture.to_dict(), rng)
   _write(
     temporary / 'vae',
-    model_directory.autoencoder_shapes(autoencoder),
+    layouts.AUTOENCODER.shapes(autoencoder),
     autoencoder_table.rows(autoencoder),
     autoencoder_table.counts(autoencoder),
     autoencoder.to_dict(),
