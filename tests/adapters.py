@@ -40,6 +40,6 @@ def trained(config, rules, seed=0):
     rule = next((rule for rule in rules if re.search(rule.pattern, layer.path)), None)
     if rule is not None and f'{layer.path}/a' not in flat:
       for leaf, shape in (('a', (layer.n_in, rule.rank)), ('b', (rule.rank, layer.n_out))):
-        noise = 0.2 * rng.standard_normal((*layer.stack, *shape))
+        noise = 0.1 * rng.standard_normal((*layer.stack, *shape))
         flat[f'{layer.path}/{leaf}'] = noise.astype(np.float32)
   return traverse_util.unflatten_dict(flat, sep='/')
