@@ -166,10 +166,10 @@ class FluxTextEncoder:
     t5 = [prompt for prompt in prompts if self.t5.is_cut(prompt)]
     if clip or t5:
       logging.warning(
-        'Of %d prompts, %d are longer than the %d tokens of CLIP and %d than the %d of T5, and '
-        'lose their end there; the first is %r.',
-        len(prompts),
+        '%d of %d prompts are longer than the %d tokens of CLIP, %d than the %d of T5, and lose '
+        'their end there; the first is %r.',
         len(clip),
+        len(prompts),
         self.clip.length,
         len(t5),
         self.t5.length,
