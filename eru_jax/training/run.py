@@ -31,6 +31,7 @@ from eru_jax.training.metrics import MetricWriter, read_metrics
 from eru_jax.training.report import ReportData, write_report
 from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as
 from eru_jax.weights import model_directory
+from eru_jax.weights.conversion import carry_over
 from eru_jax.weights.lora_io import export_lora
 
 _NOTES = {
@@ -99,8 +100,8 @@ def train(config_values: Any, workdir: str) -> None:
       label = evaluated_as(name, config.model.source)
       if label:
         measure(label, snapshot)
-    if set(config.stages) & set(PRETRAINING):
-      model_directory.save(directory / 'model', stored_model(experiment.config, snapshot))
+    if set(config.stages) & set(PRETRAINING) and snapshot.trainable is None:
+      save_model(directory / 'model', experiment.config, snapshot)
     diagnosis = None
     groups = _pairs_to_compare(experiment) if snapshots else {}
     if groups:
@@ -141,6 +142,15 @@ def _pairs_to_compare(experiment: Experiment) -> dict[str, list[KnowledgePair]]:
   groups = pairs_to_compare(splits, limit) if limit else {}
   anchors = {pair.explicit for group in groups.values() for pair in group}
   return groups if len(anchors) > 1 else {}
+
+
+def save_model(
+  directory: pathlib.Path, config: config_lib.ExperimentConfig, snapshot: Snapshot
+) -> None:
+  """Writes a pretrained model, with the text encoders and tokenisers of the one it came from."""
+  if config.model.text_encoder == 'flux':
+    carry_over(config_lib.model_path(config.model.source), directory)
+  model_directory.save(directory, stored_model(config, snapshot))
 
 
 def stored_model(

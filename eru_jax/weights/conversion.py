@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (makes `bfloat16` a name that numpy knows)
@@ -229,6 +229,32 @@ def _write_files(
     (directory / path).write_text(text, encoding='utf-8')
 
 
+def carry_over(
+  source: pathlib.Path, target: pathlib.Path, converted: Collection[str] = ('transformer', 'vae')
+) -> list[str]:
+  """Copies what a model directory has beside its weights: text encoders, tokenisers and so on.
+
+  Args:
+    source: the model directory.
+    target: another one; made if needed.
+    converted: folders that are left out.
+
+  Returns:
+    The names of what was copied.
+
+  Raises:
+    OSError: if it cannot be copied.
+  """
+  target.mkdir(parents=True, exist_ok=True)
+  carried = []
+  for path in sorted(source.iterdir()):
+    kept = path.name not in (*converted, source_record.NAME) and not path.name.startswith('.')
+    if kept and path.exists() and '.safetensors' not in path.name:
+      _copy(path, target / path.name)
+      carried.append(path.name)
+  return carried
+
+
 def _carry_over(
   request: ConversionRequest,
   source: pathlib.Path,
@@ -245,13 +271,8 @@ def _carry_over(
       shutil.copyfile(config, target / folder / 'config.json')
     else:
       _write_json(target / folder / 'config.json', part.config.to_dict())
-  carried = []
   converted = {part.component.folder for part in weights}
-  for path in sorted(source.iterdir()) if source.is_dir() else ():
-    kept = path.name not in (*converted, source_record.NAME) and not path.name.startswith('.')
-    if kept and path.exists() and '.safetensors' not in path.name:
-      _copy(path, target / path.name)
-      carried.append(path.name)
+  carried = carry_over(source, target, converted) if source.is_dir() else []
   settings, plain = target / 'eru_jax.json', {'family': request.family}
   if not settings.exists() and (request.to == 'eru' or not sources.has_settings(target)):
     _write_json(settings, plain)

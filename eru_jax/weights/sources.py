@@ -45,9 +45,10 @@ def read_settings(directory: pathlib.Path) -> dict[str, Any]:
     UserError: if it is missing or damaged.
   """
   path = directory / 'eru_jax.json'
-  if not path.exists() and snapshot.is_snapshot(directory):
-    return snapshot.settings(directory)
-  return read_json(path)
+  if not snapshot.is_snapshot(directory):
+    return read_json(path)
+  own = read_json(path) if path.exists() else {}
+  return {**snapshot.settings(directory), **own}
 
 
 def has_settings(directory: pathlib.Path) -> bool:
