@@ -105,9 +105,52 @@ def test_guidance_reaches_the_distilled_model_alone(flux, tmp_path):
     np.testing.assert_array_equal(one, draw(directory, tmp_path / 'none', path)[0])
 
 
+def test_adapters_draw_what_they_draw_in_diffusers(flux, tmp_path):
+  torch = pytest.importorskip('torch')
+  pytest.importorskip('peft')
+  directory, pipeline, options = flux
+  start, path = noise(tmp_path)
+  files = [write_adapter(directory, tmp_path / f'{seed}.safetensors', seed) for seed in (1, 2)]
+  plain, _ = draw(directory, tmp_path / 'plain', path)
+  for names, weights in (([0], [0.7]), ([0, 1], [1.0, -0.5])):
+    chosen = tuple(files[name] for name in names)
+    ours, _ = draw(
+      directory, tmp_path / f'out{len(names)}', path, lora=chosen, lora_scale=tuple(weights)
+    )
+    for name in names:
+      pipeline.load_lora_weights(files[name], adapter_name=str(name))
+    pipeline.set_adapters([str(name) for name in names], adapter_weights=weights)
+    try:
+      latents = torch.from_numpy(start)
+      theirs = pipeline(**options, latents=latents, output_type='latent').images.numpy()
+    finally:
+      pipeline.unload_lora_weights()
+    assert relative_error(ours, theirs) <= 1e-4
+    assert relative_error(plain, theirs) > 1e-2
+
+
+def write_adapter(directory, path, seed):
+  """A random adapter of a snapshot's backbone, in a file."""
+  import jax
+
+  from eru_jax.models import lora
+  from eru_jax.weights import model_directory
+  from eru_jax.weights.lora_io import export_lora
+
+  stored = model_directory.load(directory)
+  rules = (lora.LoraRule('attn', 2 + seed, 4.0), lora.LoraRule('ff|proj_mlp', 2, 2.0))
+  adapter = lora.init(jax.random.key(seed), stored.backbone, rules)
+  rng = np.random.default_rng(seed)
+  adapter = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32), adapter)
+  export_lora(path, adapter, rules, stored.architecture)
+  return str(path)
+
+
 @pytest.mark.parametrize(
   'options, message',
   [
+    ({'lora': ('nosuch.safetensors',)}, 'nosuch.safetensors'),
+    ({'lora': ('a', 'b'), 'lora_scale': (1.0, 1.0, 1.0)}, '3 --lora_scale for 2 --lora'),
     ({'height': 50}, 'multiples of 16'),
     ({'image': 'nosuch.png'}, '--image: there is no picture nosuch.png'),
     ({'image': 'broken.png'}, 'not a readable picture'),

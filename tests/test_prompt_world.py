@@ -58,9 +58,9 @@ def test_a_distance_has_an_interval():
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'data': {'world': 'prompts'}}, 'data.pairs'),
+    ({'data': {'world': 'prompts'}}, '`pairs` is .emoji_knowledge.'),
     ({'data': {'world': 'photos'}}, 'one of emoji, prompts'),
-    ({'data': {'others': 'prompts.txt'}}, "data.others.*'' in the emoji world"),
+    ({'data': {'others': 'prompts.txt'}}, "`others` is .* '' in the emoji world"),
     (
       {'data': {'world': 'prompts', 'pairs': 'x'}, 'stages': ('reward', 'dk_dm')},
       "data.world is 'prompts', but stage reward learns from the pictures",

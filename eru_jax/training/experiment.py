@@ -204,6 +204,12 @@ def _build_model(
 _USUAL = {'text_encoder': 'minilm', 'text_length': 24, 'resolution': 64}
 
 
+def prepare_model(source: str) -> None:
+  """Makes what `model.source` names, if it is made on first use."""
+  if source == 'tiny_flux':
+    write_tiny_flux(model_path(source))
+
+
 def resolve_model(settings: ModelConfig) -> ModelConfig:
   """The settings with nothing left to the model directory, and its path absolute.
 
@@ -213,8 +219,7 @@ def resolve_model(settings: ModelConfig) -> ModelConfig:
   """
   stored: dict[str, Any] = {}
   path = model_path(settings.source)
-  if settings.source == 'tiny_flux':
-    write_tiny_flux(path)
+  prepare_model(settings.source)
   if settings.source != 'scratch':
     if not path.is_dir():
       raise UserError(

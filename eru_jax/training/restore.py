@@ -11,7 +11,13 @@ from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.training import config as config_lib
 from eru_jax.training import workdir as workdir_lib
-from eru_jax.training.experiment import Experiment, Snapshot, open_experiment, resolve
+from eru_jax.training.experiment import (
+  Experiment,
+  Snapshot,
+  open_experiment,
+  prepare_model,
+  resolve,
+)
 from eru_jax.training.loop import load_result
 from eru_jax.training.stages import STAGES, evaluated_as
 from eru_jax.weights import model_directory
@@ -34,12 +40,14 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
       raise UserError(f'{path / "config.json"} cannot be read: {error}.') from error
     config = config_lib.from_mapping(config_lib.ExperimentConfig, values)
     return resolve(config), path.absolute()
-  if model != 'emoji_base' and not model_directory.is_model(path):
+  named = model in config_lib.MODEL_NAMES and model != 'scratch'
+  if not named and not model_directory.is_model(path):
     raise UserError(
       f'--model={model} is neither the workdir of a run (it would hold config.json) nor a model '
       "directory (it would hold eru_jax.json or model_index.json) nor 'emoji_base'."
     )
-  source = 'emoji_base' if model == 'emoji_base' else str(path)
+  source = model if named else str(path)
+  prepare_model(source)
   stored = model_directory.read_settings(config_lib.model_path(source))
   settings = config_lib.ModelConfig(source=source, scan=False)
   data, evaluation = config_lib.DataConfig(), config_lib.EvaluationConfig()

@@ -291,11 +291,13 @@ def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
   """Copies a file or a tree; large files become hard links where that is possible."""
   if source.is_dir():
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
       if path.exists():
         _copy(path, target / path.name)
     return
+  # One that is there may be a link to the source, of a copy that was broken off.
+  target.unlink(missing_ok=True)
   if source.stat().st_size > _LINKED_BYTES:
     try:
       # A hub's cache is full of symbolic links, which would dangle when it is cleaned.
