@@ -136,8 +136,9 @@ def test_the_autoencoder_converts_as_diffusers_converts_it(prefix):
   params = traverse_util.unflatten_dict(flat, sep='/')
   rows = autoencoder_original.comfyui_rows(config) if prefix else autoencoder_original.rows(config)
   tensors = to_torch(params, rows, {})
-  assert f'{prefix}decoder.up.0.block.0.nin_shortcut.weight' not in tensors
-  assert f'{prefix}decoder.up.0.block.2.conv1.weight' in tensors
+  # Level 0 is at the picture's side, where the width changes.
+  assert tensors[f'{prefix}decoder.up.0.block.0.nin_shortcut.weight'].shape == (8, 12, 1, 1)
+  assert f'{prefix}decoder.up.2.block.0.nin_shortcut.weight' not in tensors
   assert tensors[f'{prefix}encoder.mid.attn_1.q.weight'].shape == (12, 12, 1, 1)
   values = {**config.to_dict()}
   theirs = utils.convert_ldm_vae_checkpoint(
