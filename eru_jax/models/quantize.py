@@ -23,8 +23,9 @@ def quantize_kernel(kernel: Any, axis: int = -2, xp: Any = jnp) -> tuple[Any, An
   """
   kernel = kernel.astype(np.float32)
   largest = xp.max(xp.abs(kernel), axis=axis)
-  scale = xp.where(largest > 0, largest / np.float32(127), np.float32(1))
-  return xp.round(kernel / xp.expand_dims(scale, axis)).astype(np.int8), scale
+  # Products, which numpy and XLA round alike: XLA makes such of some quotients, but not of all.
+  scale = xp.where(largest > 0, largest * np.float32(1 / 127), np.float32(1))
+  return xp.round(kernel * xp.expand_dims(1 / scale, axis)).astype(np.int8), scale
 
 
 def is_quantised(path: str, shape: tuple[int, ...], pattern: str) -> bool:

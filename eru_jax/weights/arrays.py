@@ -25,18 +25,13 @@ _DAMAGE = (ValueError, KeyError, TypeError, EOFError, OSError)
 
 
 def _context() -> ocp.Context:
-  options = ocp.options
-  saving = options.ArrayOptions.Saving(
-    storage_options=options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK),
-    use_compression=False,
-  )
-  loading = options.PyTreeOptions.Loading(partial_load=True)
-  return ocp.Context(
-    array_options=options.ArrayOptions(saving=saving),
-    pytree_options=options.PyTreeOptions(loading=loading),
-    # Host arrays do not change while they are written: a copy would be one group more in memory.
-    memory_options=options.MemoryOptions(deepcopy_host_arrays=False),
-  )
+  context = ocp.Context()
+  context.array.saving.storage_options.chunk_byte_size = _CHUNK
+  context.array.saving.use_compression = False
+  context.pytree.loading.partial_load = True
+  # Host arrays do not change while they are written: a copy would be one group more in memory.
+  context.memory.deepcopy_host_arrays = False
+  return context
 
 
 def exists(directory: pathlib.Path) -> bool:

@@ -168,8 +168,12 @@ def _placed(
     return parts[bounds]
 
   array = jax.make_array_from_callback(spec.shape, sharding, part)
-  # Transfers are asynchronous: without waiting, the next array would be read beside this one.
-  return jax.block_until_ready(array)
+  # Transfers are asynchronous, and what they leave behind on the host goes with the next one: not
+  # waiting for both, the next array would be read beside this one.
+  jax.block_until_ready(array)
+  parts.clear()
+  jax.device_put(np.zeros(()))
+  return array
 
 
 def load(
