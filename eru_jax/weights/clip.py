@@ -1,0 +1,63 @@
+"""Weight table of transformers' CLIPTextModel and eru_jax.models.clip, and its loader."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from eru_jax.models.clip import ClipTextConfig, ClipTextModel
+from eru_jax.weights.safetensors_io import read_safetensors
+from eru_jax.weights.table import Row, linear, norm, to_flax
+
+# transformers 5 leaves this out of the names it writes; published files have it.
+_PREFIX = 'text_model.'
+# In some files, but no part of the encoder: a buffer, and a CLIPTextModelWithProjection's head.
+_IGNORED = ('text_model.embeddings.position_ids', 'text_projection.weight')
+
+
+def rows(config: ClipTextConfig) -> list[Row]:
+  """All tensors of the encoder, with the names of published files."""
+  del config
+  table = [
+    Row(f'{_PREFIX}embeddings.{kind}_embedding.weight', f'embeddings/{kind}_embedding/embedding')
+    for kind in ('token', 'position')
+  ]
+  torch, flax = f'{_PREFIX}encoder.layers.{{i}}', 'encoder/layers'
+  for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
+    table += linear(f'{torch}.self_attn.{name}', f'{flax}/self_attn/{name}')
+  for name in ('fc1', 'fc2'):
+    table += linear(f'{torch}.mlp.{name}', f'{flax}/mlp/{name}')
+  for name in ('layer_norm1', 'layer_norm2'):
+    table += norm(f'{torch}.{name}', f'{flax}/{name}')
+  return table + norm(f'{_PREFIX}final_layer_norm', 'final_layer_norm')
+
+
+def counts(config: ClipTextConfig) -> Mapping[str, int]:
+  return {'i': config.num_hidden_layers}
+
+
+def shapes(config: ClipTextConfig) -> dict[str, Any]:
+  """Shapes the parameters must have, without making them."""
+  ids = jnp.zeros((1, 2), jnp.int32)
+  init = ClipTextModel(config).init
+  return nn.unbox(jax.eval_shape(init, jax.random.key(0), ids)['params'])
+
+
+def load(path: str | os.PathLike, config: ClipTextConfig) -> dict[str, Any]:
+  """Parameters of CLIP's text encoder out of its safetensors file or the index of its shards.
+
+  Returns:
+    Nested dict of numpy arrays in the file's dtype.
+
+  Raises:
+    UserError: if the file is damaged or of another architecture.
+  """
+  kept = {}
+  for name, value in read_safetensors(path).items():
+    full = name if name.startswith((_PREFIX, 'text_projection.')) else _PREFIX + name
+    if full not in _IGNORED:
+      kept[full] = value
+  return to_flax(kept, rows(config), counts(config), shapes(config))
