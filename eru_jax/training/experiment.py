@@ -27,6 +27,7 @@ from eru_jax.training.config import (
   MODEL_NAMES,
   MODEL_OWN,
   NO_PATHS,
+  REWARD_FILES,
   DataConfig,
   ExperimentConfig,
   ModelConfig,
@@ -228,7 +229,9 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
   """
   paths = {name: absolute(getattr(config.data, name), NO_PATHS) for name in DATA_FILES}
   data = dataclasses.replace(config.data, **paths)
-  return dataclasses.replace(config, model=resolve_model(config.model), data=data)
+  paths = {name: absolute(getattr(config.no_rl, name), NO_PATHS) for name in REWARD_FILES}
+  no_rl = dataclasses.replace(config.no_rl, **paths)
+  return dataclasses.replace(config, model=resolve_model(config.model), data=data, no_rl=no_rl)
 
 
 def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
