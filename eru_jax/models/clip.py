@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from eru_jax.errors import UserError
+from eru_jax.models.attention import attention
 from eru_jax.models.layers import Dense, LayerNorm, tap
 from eru_jax.models.stack import stack_blocks
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
   'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
   'gelu': lambda x: nn.gelu(x, approximate=False),
 }
@@ -61,9 +62,9 @@ class ClipTextConfig:
         raise UserError(f'CLIP config: {field.name} is {value!r}, but must be a positive integer.')
       if field.type is float and (type(value) not in (int, float) or not 0 < value < 1):
         raise UserError(f'CLIP config: {field.name} is {value!r}, but must be between 0 and 1.')
-    if self.hidden_act not in list(_ACTIVATIONS):  # a list, because anything may stand in a file
+    if self.hidden_act not in list(ACTIVATIONS):  # a list, because anything may stand in a file
       raise UserError(
-        f'CLIP config: hidden_act is {self.hidden_act!r}, but must be one of {list(_ACTIVATIONS)}.'
+        f'CLIP config: hidden_act is {self.hidden_act!r}, but must be one of {list(ACTIVATIONS)}.'
       )
     if self.hidden_size % self.num_attention_heads:
       raise UserError(
@@ -119,10 +120,11 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-  """Causal multi-head self-attention, softmax in float32."""
+  """Multi-head self-attention, causal in the text tower, softmax in float32."""
 
-  config: ClipTextConfig
+  config: Any
   dtype: Any
+  causal: bool
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -134,7 +136,10 @@ class CLIPAttention(nn.Module):
       ).reshape(heads)
       for name in ('q_proj', 'k_proj', 'v_proj')
     )
-    out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='xla')
+    if self.causal:
+      out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='xla')
+    else:
+      out = attention(query, key, value)
     out = checkpoint_name(out.reshape(x.shape), 'attn_output')
     return Dense(cfg.hidden_size, axes=('heads', 'embed'), dtype=self.dtype, name='out_proj')(out)
 
@@ -142,28 +147,29 @@ class CLIPAttention(nn.Module):
 class CLIPMLP(nn.Module):
   """The feed-forward part."""
 
-  config: ClipTextConfig
+  config: Any
   dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     cfg = self.config
     x = Dense(cfg.intermediate_size, axes=('embed', 'mlp'), dtype=self.dtype, name='fc1')(x)
-    x = _ACTIVATIONS[cfg.hidden_act](x)
+    x = ACTIVATIONS[cfg.hidden_act](x)
     return Dense(cfg.hidden_size, axes=('mlp', 'embed'), dtype=self.dtype, name='fc2')(x)
 
 
 class CLIPEncoderLayer(nn.Module):
   """One block; returns (states, None), as `nn.scan` wants it."""
 
-  config: ClipTextConfig
+  config: Any
   dtype: Any
+  causal: bool
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
     cfg = self.config
     hidden = LayerNorm(cfg.layer_norm_eps, affine=True, name='layer_norm1')(x)
-    x = x + CLIPAttention(cfg, self.dtype, name='self_attn')(hidden)
+    x = x + CLIPAttention(cfg, self.dtype, self.causal, name='self_attn')(hidden)
     hidden = LayerNorm(cfg.layer_norm_eps, affine=True, name='layer_norm2')(x)
     x = x + CLIPMLP(cfg, self.dtype, name='mlp')(hidden)
     x = nn.with_logical_constraint(x, ('batch', 'length', 'act_embed'))
@@ -171,18 +177,25 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-  """The stack of blocks."""
+  """The stack of blocks, the same in both towers but for what a token may attend to.
 
-  config: ClipTextConfig
+  Attributes:
+    config: ClipTextConfig or ClipVisionConfig.
+    dtype, scan, remat: as of the tower.
+    causal: whether a token sees only itself and those before it.
+  """
+
+  config: Any
   dtype: Any
   scan: bool
   remat: str
+  causal: bool
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     length = self.config.num_hidden_layers
     layers = stack_blocks(CLIPEncoderLayer, length, inputs=0, scan=self.scan, remat=self.remat)
-    return layers(self.config, self.dtype, name='layers')(x)[0]
+    return layers(self.config, self.dtype, self.causal, name='layers')(x)[0]
 
 
 class ClipTextModel(nn.Module):
@@ -222,7 +235,7 @@ class ClipTextModel(nn.Module):
         f'{cfg.max_position_embeddings} positions of this CLIP: shorten it.'
       )
     x = CLIPTextEmbeddings(cfg, self.dtype, name='embeddings')(input_ids)
-    x = CLIPEncoder(cfg, self.dtype, self.scan, self.remat, name='encoder')(x)
+    x = CLIPEncoder(cfg, self.dtype, self.scan, self.remat, causal=True, name='encoder')(x)
     x = LayerNorm(cfg.layer_norm_eps, affine=True, name='final_layer_norm')(x)
     legacy = cfg.eos_token_id == _LEGACY_EOS
     marks = input_ids if legacy else input_ids == cfg.eos_token_id

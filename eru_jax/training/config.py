@@ -56,6 +56,10 @@ PAIRS_NAMES = {'emoji': ('emoji_knowledge',), 'prompts': ('sample', '')}
 # Keys of `data` that name files, and what they may be instead.
 DATA_FILES = ('pairs', 'others')
 NO_PATHS = ('', *itertools.chain(*PAIRS_NAMES.values()))
+# Keys of `no_rl` that name files or directories.
+REWARD_FILES = ('reward_model', 'reward_anchors')
+# Values of them that are no paths.
+REWARD_NAMES = ('', 'tiny_clip')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +311,8 @@ class ExperimentConfig:
   def _check_needs(self) -> None:
     """Raises UserError if a stage would build on what nothing has trained for it."""
     for stage, needs in _NEEDS.items() if self.model.source == 'scratch' else ():
+      if stage == 'no_rl' and self.no_rl.reward != 'emoji':
+        needs = [name for name in needs if name != 'reward']
       missing = [name for name in needs if name not in self.stages]
       if stage in self.stages and missing:
         raise UserError(
@@ -336,6 +342,11 @@ class ExperimentConfig:
       raise UserError(
         f"config: data.world is 'prompts', but {learns[0]} learns from the pictures of a world: "
         "leave it out, or set data.world to 'emoji'."
+      )
+    if 'no_rl' in self.stages and self.no_rl.reward == 'emoji':
+      raise UserError(
+        "config: data.world is 'prompts', but no_rl.reward is 'emoji', the classifier of another "
+        "world: set it to 'sci_score' or 'clip_score' and no_rl.reward_model to a CLIP."
       )
 
   def stage(self, name: str) -> StageConfig:

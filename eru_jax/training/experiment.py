@@ -27,6 +27,8 @@ from eru_jax.training.config import (
   MODEL_NAMES,
   MODEL_OWN,
   NO_PATHS,
+  REWARD_FILES,
+  REWARD_NAMES,
   DataConfig,
   ExperimentConfig,
   ModelConfig,
@@ -251,7 +253,11 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
   paths = {name: absolute(getattr(config.data, name), NO_PATHS) for name in DATA_FILES}
   data = dataclasses.replace(config.data, **paths)
   adapter = absolute(config.adapter, NO_PATHS)
-  return dataclasses.replace(config, model=resolve_model(config.model), data=data, adapter=adapter)
+  paths = {name: absolute(getattr(config.no_rl, name), REWARD_NAMES) for name in REWARD_FILES}
+  no_rl = dataclasses.replace(config.no_rl, **paths)
+  return dataclasses.replace(
+    config, model=resolve_model(config.model), data=data, adapter=adapter, no_rl=no_rl
+  )
 
 
 def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:

@@ -29,7 +29,7 @@ from eru_jax.training.gallery import gallery_rows, save_grids
 from eru_jax.training.loop import run_stage
 from eru_jax.training.metrics import MetricWriter, read_metrics
 from eru_jax.training.report import ReportData, write_report
-from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as
+from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as, no_rl
 from eru_jax.weights import model_directory
 from eru_jax.weights.conversion import carry_over
 from eru_jax.weights.lora_io import export_lora
@@ -67,6 +67,8 @@ def train(config_values: Any, workdir: str) -> None:
   enable_compilation_cache()
   mesh = sharding.make_mesh(config.mesh)
   print_plan(config, mesh)
+  if 'no_rl' in config.stages:
+    no_rl.check_reward(config.no_rl)
 
   with seconds('load'):
     experiment, snapshot = experiment_lib.open_experiment(config, mesh)

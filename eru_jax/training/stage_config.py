@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from eru_jax.errors import UserError
+from eru_jax.rewards.clip import SCORES
 from eru_jax.training.checks import one_of, require
 from eru_jax.training.state import OptimizerConfig
 from eru_jax.training.variants import dk_dm as dk_dm_variants
@@ -205,6 +207,11 @@ class NoRlStageConfig(StageConfig):
 
   Attributes:
     variant: what is learnt from the pictures, see `variants.no_rl`; 'negative_only' is N1.
+    reward: what judges pictures: 'emoji', the classifier of that world; 'clip_score' or 'sci_score'
+      of any picture against its pair's implicit prompt, see `rewards.clip`.
+    reward_model: for those two, the directory of a CLIPModel in the Hugging Face layout.
+    reward_anchors: '' or a JSON Lines file that gives every prompt its own reward_low and
+      reward_high, see `rewards.anchors`; the reward is then in [0, 1] already.
     reward_scale: 'absolute', between reward_low and reward_high, or 'group', against the other
       pictures of the prompt.
     advantage_clip: with 'group', the normalised advantage that counts as certainly right.
@@ -229,7 +236,7 @@ class NoRlStageConfig(StageConfig):
       looked for around the prompts, too.
     beta: DiffusionNFT's beta.
     reference_weight: weight of the velocity distance to the stage's start.
-    reward_low: score at or below which a picture is certainly wrong.
+    reward_low: score at or below which a picture is certainly wrong; CLIP's scores run to 100.
     reward_high: score at or above which it is certainly right.
     behaviour_inertia: growth per iteration of the share of itself that the rollout policy keeps
       when it follows the parameters (DiffusionNFT's eta, its first schedule).
@@ -239,6 +246,9 @@ class NoRlStageConfig(StageConfig):
   """
 
   variant: str = 'negative_only'
+  reward: str = 'emoji'
+  reward_model: str = ''
+  reward_anchors: str = ''
   reward_scale: str = 'absolute'
   advantage_clip: float = 5.0
   drop_solved: bool = False
@@ -271,9 +281,15 @@ class NoRlStageConfig(StageConfig):
     require(self, **{name: (getattr(self, name) >= 1, 'at least 1') for name in counts})
     images = self.prompts_per_step * self.images_per_prompt
     on_steps = self.variant == 'policy_gradient'
+    usual = (self.reward_low, self.reward_high) == (0, 1)
     require(
       self,
       variant=one_of(self.variant, no_rl_variants.VARIANTS),
+      reward=one_of(self.reward, ('emoji', *SCORES)),
+      reward_model=(
+        bool(self.reward_model) == (self.reward != 'emoji'),
+        "the directory of a CLIPModel for 'clip_score' and 'sci_score', and '' for 'emoji'",
+      ),
       reward_scale=one_of(self.reward_scale, no_rl_variants.REWARD_SCALES),
       advantage_clip=(self.advantage_clip > 0, 'positive'),
       nft_weights=one_of(self.nft_weights, ('shared', 'branch')),
@@ -300,10 +316,20 @@ class NoRlStageConfig(StageConfig):
       beta=(0 < self.beta <= 1, 'in (0, 1]'),
       reference_weight=(self.reference_weight >= 0, 'zero or more'),
       reward_high=(self.reward_high > self.reward_low, 'above reward_low'),
+      reward_anchors=(
+        usual or not self.reward_anchors,
+        "'' if reward_low and reward_high are set, which it stands in for",
+      ),
       behaviour_inertia=(self.behaviour_inertia >= 0, 'zero or more'),
       behaviour_cap=(0 <= self.behaviour_cap <= 1, 'in [0, 1]'),
       time_min=(0 <= self.time_min < self.time_max <= 1, 'below time_max, both in [0, 1]'),
     )
+    absolute = self.reward_scale == 'absolute' or self.drop_solved
+    if usual and absolute and self.reward != 'emoji' and not self.reward_anchors:
+      raise UserError(
+        f'NoRlStage config: {self.reward} runs to 100, so reward_low = 0 and reward_high = 1 would '
+        'call every picture right: set both, or reward_anchors.'
+      )
 
 
 STAGE_CONFIGS = {

@@ -62,7 +62,9 @@ def read_config(workdir: pathlib.Path) -> tuple[Any, dict[str, str]]:
 
 def _input_hashes(config: dict[str, Any]) -> dict[str, str]:
   found = {}
-  for path in (*(config['data'][name] for name in DATA_FILES), config['adapter']):
+  paths = [config['adapter'], *(config['data'][name] for name in DATA_FILES)]
+  paths.append(config.get('no_rl', {}).get('reward_anchors', ''))
+  for path in paths:
     # Whoever reads it for its prompts can say better what is wrong with it.
     with contextlib.suppress(OSError):
       if path not in NO_PATHS:

@@ -19,6 +19,18 @@ _PREFIX = 'text_model.'
 _IGNORED = ('text_model.embeddings.position_ids', 'text_projection.weight')
 
 
+def encoder_rows(torch: str, flax: str) -> list[Row]:
+  """All tensors of the blocks of either tower; `torch` counts them."""
+  table = []
+  for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
+    table += linear(f'{torch}.self_attn.{name}', f'{flax}/self_attn/{name}')
+  for name in ('fc1', 'fc2'):
+    table += linear(f'{torch}.mlp.{name}', f'{flax}/mlp/{name}')
+  for name in ('layer_norm1', 'layer_norm2'):
+    table += norm(f'{torch}.{name}', f'{flax}/{name}')
+  return table
+
+
 def rows(config: ClipTextConfig) -> list[Row]:
   """All tensors of the encoder, with the names of published files."""
   del config
@@ -26,13 +38,7 @@ def rows(config: ClipTextConfig) -> list[Row]:
     Row(f'{_PREFIX}embeddings.{kind}_embedding.weight', f'embeddings/{kind}_embedding/embedding')
     for kind in ('token', 'position')
   ]
-  torch, flax = f'{_PREFIX}encoder.layers.{{i}}', 'encoder/layers'
-  for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
-    table += linear(f'{torch}.self_attn.{name}', f'{flax}/self_attn/{name}')
-  for name in ('fc1', 'fc2'):
-    table += linear(f'{torch}.mlp.{name}', f'{flax}/mlp/{name}')
-  for name in ('layer_norm1', 'layer_norm2'):
-    table += norm(f'{torch}.{name}', f'{flax}/{name}')
+  table += encoder_rows(f'{_PREFIX}encoder.layers.{{i}}', 'encoder/layers')
   return table + norm(f'{_PREFIX}final_layer_norm', 'final_layer_norm')
 
 

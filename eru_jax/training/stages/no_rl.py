@@ -1,6 +1,7 @@
 """Stage `no_rl`: corrects the model's remaining mistakes, learning from its bad pictures only."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from eru_jax import flow
 from eru_jax.data import pipeline
 from eru_jax.errors import UserError
 from eru_jax.losses import policy_gradient
+from eru_jax.rewards.anchors import anchored, read_anchors
+from eru_jax.rewards.base import Reward
+from eru_jax.rewards.clip import load_clip_reward, read_clip_directory
 from eru_jax.rewards.emoji import EmojiReward
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
@@ -20,28 +24,79 @@ from eru_jax.training.text_dropout import perturb
 from eru_jax.training.variants import no_rl as variants
 
 
+def check_reward(config: NoRlStageConfig) -> None:
+  """Looks at the files that the reward will be read from, before hours of other stages.
+
+  Raises:
+    UserError: if one is missing or damaged.
+  """
+  if config.reward_model:
+    read_clip_directory(config.reward_model)
+  if config.reward_anchors:
+    read_anchors(config.reward_anchors)
+
+
+def open_reward(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -> Reward:
+  """Loads what `no_rl.reward` names, its parameters onto the mesh.
+
+  The emoji classifier's targets are the pairs' classes, CLIP's the features of their implicit
+  prompts; those of explicit rollouts (`explicit_share`) are of the prompt that is drawn.
+
+  Raises:
+    UserError: if a file is missing, damaged or of another model.
+  """
+  if config.reward == 'emoji':
+    judge = EmojiReward(len(experiment.world.pictures.names))
+    reward = Reward(snapshot.reward, judge, lambda table: table.index)
+  else:
+    dtype = experiment.config.model.dtype
+    clip = load_clip_reward(config.reward_model, config.reward, jnp.dtype(dtype))
+    reward = Reward(
+      jax.device_put(clip.params, clip.shardings(experiment.mesh)),
+      clip.score,
+      lambda table: clip.text_features([pair.implicit for pair in table.pairs]),
+    )
+  if config.reward_anchors:
+    reward = anchored(reward, read_anchors(config.reward_anchors))
+  return reward
+
+
 def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -> Stage:
   """The NO-RL stage; rollouts, reward and update all run in compiled code on one mesh.
+
+  Every picture is held against the implicit prompt of its pair, one of an explicit anchor against
+  that anchor: see `open_reward`.
 
   Raises:
     UserError: if there is no reward model, or nothing to train on.
   """
   model = snapshot.model
-  if snapshot.reward is None:
+  if config.reward == 'emoji' and snapshot.reward is None:
     raise UserError(
       'no_rl: the model directory holds no reward/ classifier; use a model whose pretraining had '
       'the stage `reward`.'
     )
   if not experiment.prompts('train'):
     raise UserError('no_rl: there is no pair with split "train" to learn from.')
-  train, explicit = experiment.world.splits['train'], experiment.world.splits['explicit']
-  tables = {'implicit': train, 'explicit': explicit}
+  splits = experiment.world.splits
+  tables = {'implicit': splits['train'], 'explicit': splits['explicit']}
   rows = {
     name: experiment.text.index([pair.implicit for pair in table.pairs])
     for name, table in tables.items()
   }
   explicit_prompts = round(config.explicit_share * config.prompts_per_step)
-  reward = EmojiReward(len(experiment.world.pictures.names))
+  counts = {'implicit': config.prompts_per_step - explicit_prompts, 'explicit': explicit_prompts}
+  drawn = [name for name in tables if counts[name]]
+
+  # Both only if there is anything left to train, as a CLIP takes its time.
+  @functools.cache
+  def reward():
+    return open_reward(experiment, snapshot, config)
+
+  @functools.cache
+  def targets():
+    return {name: reward().targets(tables[name]) for name in drawn}
+
   schedule = experiment.schedule(model, config.rollout_steps)
   density = flow.TimestepDensity('uniform', t_min=config.time_min, t_max=config.time_max)
   variant, dynamics = variants.VARIANTS[config.variant], variants.dynamics(config)
@@ -52,19 +107,19 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
       'backbone': snapshot.backbone,
       'reference': start,
       'autoencoder': snapshot.autoencoder,
-      'reward': snapshot.reward,
+      'reward': reward().params,
     }
 
   def assemble(index):
-    picked = np.concatenate([rows[name][index[name]] for name in tables])
-    answers = np.concatenate([table.index[index[name]] for name, table in tables.items()])
+    picked = np.concatenate([rows[name][index[name]] for name in drawn])
+    parts = [unstacked(targets()[name], index[name]) for name in drawn]
+    answers = jax.tree.map(lambda *part: np.concatenate(part), *parts)
     # Neighbours in the batch land in different updates; images of a prompt stay together.
     order = np.argsort(np.arange(len(picked)) % config.updates_per_step, kind='stable')
-    picked = np.repeat(picked[order], config.images_per_prompt)
-    return {
-      'text': experiment.text.take(picked),
-      'answer': np.repeat(answers[order], config.images_per_prompt),
-    }
+    picked, answers = jax.tree.map(
+      lambda x: np.repeat(x[order], config.images_per_prompt, axis=0), (picked, answers)
+    )
+    return {'text': experiment.text.take(picked), 'answer': answers}
 
   def policy_field(frozen, params):
     """The field that draws the pictures. Under guidance that is the guided one, in the loss too:
@@ -75,7 +130,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   def prepare(policy, frozen, batch, key):
     """Pictures of the rollout policy and how right they are."""
     noise_key, text_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, (batch['answer'].shape[0], *model.latent_shape))
+    noise = jax.random.normal(noise_key, (batch['text'].tokens.shape[0], *model.latent_shape))
     # The picture is learnt from under the very text that it was made of.
     prompts = perturb(text_key, batch['text'], noise=config.text_noise)
     field = policy_field(frozen, policy)
@@ -94,7 +149,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
       row = jnp.arange(x_0.shape[0])
       examples['x_0'] = x_0
     images = model.decode(frozen['autoencoder'], x_0)
-    score = reward(frozen['reward'], images, batch['answer'])
+    score = reward().score(frozen['reward'], images, batch['answer'])
     examples |= unstacked(variants.ratings(score, config), row)
     return examples, {'reward': jnp.mean(score)}
 
@@ -135,10 +190,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     trainable=start,
     make_frozen=make_frozen,
     batches=pipeline.mixture_batches(
-      {
-        'implicit': (len(train.pairs), config.prompts_per_step - explicit_prompts),
-        'explicit': (len(explicit.pairs), explicit_prompts),
-      },
+      {name: (len(table.pairs), counts[name]) for name, table in tables.items()},
       experiment.config.seed,
     ),
     assemble=assemble,
