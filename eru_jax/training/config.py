@@ -123,11 +123,11 @@ class ModelConfig:
 
 
 def model_path(source: str) -> pathlib.Path:
-  """The model directory that `model.source` names."""
+  """The directory that `model.source` or `no_rl.reward_model` names."""
   if source == 'emoji_base':
     return pathlib.Path(__file__).parent.parent / 'assets' / 'emoji_base'
-  if source == 'tiny_flux':
-    return cache_directory() / 'models' / f'tiny_flux-{__version__}'
+  if source in ('tiny_flux', 'tiny_clip'):
+    return cache_directory() / 'models' / f'{source}-{__version__}'
   return pathlib.Path(source).expanduser()
 
 

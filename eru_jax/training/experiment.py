@@ -38,7 +38,7 @@ from eru_jax.training.config import (
 from eru_jax.types import Conditioning, VelocityFn
 from eru_jax.weights import model_directory
 from eru_jax.weights.lora_io import import_lora
-from eru_jax.weights.tiny_flux import write_tiny_flux
+from eru_jax.weights.tiny_models import write_tiny_clip, write_tiny_flux
 
 PyTree = Any
 # What is kept in int8, if anything is: the blocks, which are nearly all of a backbone.
@@ -207,9 +207,11 @@ _USUAL = {'text_encoder': 'minilm', 'text_length': 24, 'resolution': 64}
 
 
 def prepare_model(source: str) -> None:
-  """Makes what `model.source` names, if it is made on first use."""
+  """Makes a model that `model.source` or `no_rl.reward_model` names, if it is made on first use."""
   if source == 'tiny_flux':
     write_tiny_flux(model_path(source))
+  elif source == 'tiny_clip':
+    write_tiny_clip(model_path(source))
 
 
 def resolve_model(settings: ModelConfig) -> ModelConfig:

@@ -209,7 +209,8 @@ class NoRlStageConfig(StageConfig):
     variant: what is learnt from the pictures, see `variants.no_rl`; 'negative_only' is N1.
     reward: what judges pictures: 'emoji', the classifier of that world; 'clip_score' or 'sci_score'
       of any picture against its pair's implicit prompt, see `rewards.clip`.
-    reward_model: for those two, the directory of a CLIPModel in the Hugging Face layout.
+    reward_model: for those two, the directory of a CLIPModel in the Hugging Face layout, or
+      'tiny_clip', a tiny random one.
     reward_anchors: '' or a JSON Lines file that gives every prompt its own reward_low and
       reward_high, see `rewards.anchors`; the reward is then in [0, 1] already.
     reward_scale: 'absolute', between reward_low and reward_high, or 'group', against the other

@@ -15,7 +15,8 @@ from eru_jax.rewards.anchors import anchored, read_anchors
 from eru_jax.rewards.base import Reward
 from eru_jax.rewards.clip import load_clip_reward, read_clip_directory
 from eru_jax.rewards.emoji import EmojiReward
-from eru_jax.training.experiment import Experiment, Snapshot
+from eru_jax.training.config import model_path
+from eru_jax.training.experiment import Experiment, Snapshot, prepare_model
 from eru_jax.training.loop import Stage
 from eru_jax.training.stage_config import NoRlStageConfig
 from eru_jax.training.stages.common import initial_trainable, unstacked
@@ -31,7 +32,8 @@ def check_reward(config: NoRlStageConfig) -> None:
     UserError: if one is missing or damaged.
   """
   if config.reward_model:
-    read_clip_directory(config.reward_model)
+    prepare_model(config.reward_model)
+    read_clip_directory(model_path(config.reward_model))
   if config.reward_anchors:
     read_anchors(config.reward_anchors)
 
@@ -50,7 +52,7 @@ def open_reward(experiment: Experiment, snapshot: Snapshot, config: NoRlStageCon
     reward = Reward(snapshot.reward, judge, lambda table: table.index)
   else:
     dtype = experiment.config.model.dtype
-    clip = load_clip_reward(config.reward_model, config.reward, jnp.dtype(dtype))
+    clip = load_clip_reward(model_path(config.reward_model), config.reward, jnp.dtype(dtype))
     reward = Reward(
       jax.device_put(clip.params, clip.shardings(experiment.mesh)),
       clip.score,

@@ -1,4 +1,4 @@
-"""A tiny random FLUX.1 on disk, file for file like a published snapshot, made without PyTorch.
+"""A tiny random FLUX.1 and CLIP on disk, file for file like published ones, made without PyTorch.
 
 `:runlocal` configs and tests walk the code of the 12 B model on it: backbone, autoencoder, both
 text encoders and their tokenisers, scheduler. Its pictures mean nothing.
@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from eru_jax.files import replace_file
-from eru_jax.models import autoencoder_kl, clip, flux, registry, t5
+from eru_jax.models import autoencoder_kl, clip, clip_vision, flux, registry, t5
 from eru_jax.weights import autoencoder_kl as autoencoder_table
 from eru_jax.weights import clip as clip_table
+from eru_jax.weights import clip_model as clip_model_table
 from eru_jax.weights import flux as flux_table
 from eru_jax.weights import layouts, snapshot, table
 from eru_jax.weights import t5 as t5_table
@@ -59,6 +60,23 @@ _INDEX = {
 }
 
 
+_CLIP_MODEL = {
+  'model_type': 'clip',
+  'architectures': ['CLIPModel'],
+  'projection_dim': 20,
+  'text_config': dataclasses.asdict(_CLIP) | {'hidden_act': 'gelu', 'eos_token_id': 513},
+  'vision_config': {
+    'hidden_size': 32,
+    'intermediate_size': 56,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'patch_size': 7,
+    'image_size': 28,
+    'hidden_act': 'gelu',
+  },
+}
+
+
 def write_tiny_flux(directory: str | os.PathLike, guidance: bool = True, seed: int = 0) -> None:
   """Writes the snapshot; it appears whole or not at all, and an older one is kept.
 
@@ -73,7 +91,7 @@ def write_tiny_flux(directory: str | os.PathLike, guidance: bool = True, seed: i
   directory = pathlib.Path(directory)
   if snapshot.is_snapshot(directory):
     return
-  temporary = directory.with_name(f'{directory.name}.{os.getpid()}.tmp')
+  temporary = _beside(directory)
   rng = np.random.default_rng(seed)
   architecture = flux.FluxConfig.from_dict(
     registry.family('flux').tiny
@@ -111,6 +129,38 @@ def write_tiny_flux(directory: str | os.PathLike, guidance: bool = True, seed: i
   }
   _write_json(temporary / 'scheduler' / 'scheduler_config.json', scheduler)
   _write_json(temporary / snapshot.INDEX, _INDEX)
+  _move(temporary, directory)
+
+
+def write_tiny_clip(directory: str | os.PathLike, seed: int = 0) -> None:
+  """Writes a CLIPModel with tokeniser and image processor, as `write_tiny_flux`."""
+  directory = pathlib.Path(directory)
+  if (directory / 'config.json').is_file():
+    return
+  temporary, rng = _beside(directory), np.random.default_rng(seed)
+  config = clip_vision.ClipConfig.from_dict(_CLIP_MODEL)
+  params = _random(rng, clip_model_table.shapes(config))
+  # A temperature; of random parameters it would be none.
+  params['logit_scale'] = np.full_like(params['logit_scale'], 4.6)
+  tensors = table.to_torch(params, clip_model_table.rows(config), clip_model_table.counts(config))
+  write_safetensors(temporary / 'model.safetensors', tensors, {'format': 'pt'})
+  edge = config.vision.image_size
+  processor = {
+    'image_processor_type': 'CLIPImageProcessor',
+    'size': {'shortest_edge': edge},
+    'crop_size': {'height': edge, 'width': edge},
+  }
+  _write_json(temporary / 'preprocessor_config.json', processor)
+  _write_clip_tokenizer(temporary)
+  _write_json(temporary / 'config.json', _CLIP_MODEL)
+  _move(temporary, directory)
+
+
+def _beside(directory: pathlib.Path) -> pathlib.Path:
+  return directory.with_name(f'{directory.name}.{os.getpid()}.tmp')
+
+
+def _move(temporary: pathlib.Path, directory: pathlib.Path) -> None:
   try:
     os.rename(temporary, directory)
   except OSError:
@@ -127,7 +177,7 @@ def _random(rng: np.random.Generator, shapes: PyTree) -> PyTree:
   """Values that would betray a swapped tensor; layers that start at zero would leave out much."""
 
   def draw(path: Sequence[Any], shape: jax.ShapeDtypeStruct) -> np.ndarray:
-    values = rng.standard_normal(shape.shape).astype(np.float32)
+    values = np.asarray(rng.standard_normal(shape.shape), np.float32)
     name = path[-1].key
     if name == 'scale':
       return 1 + 0.2 * values
