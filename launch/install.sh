@@ -21,7 +21,7 @@ source "$VENV/bin/activate"
 # What has been installed from these very lists is not asked of the network again, so that a run can
 # be resumed without one. The clone's place counts, because the installation refers to it.
 lists="$(
-  { pwd && cat setup.cfg pyproject.toml requirements.txt launch/requirements-emoji.txt; } |
+  { pwd && cat setup.cfg pyproject.toml requirements.txt launch/requirements-*.txt; } |
     python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 )"
 is_installed() { [ "$(cat "$VENV/installed-$1" 2>/dev/null)" = "$lists" ]; }

@@ -181,9 +181,14 @@ def test_files_load_and_their_tensors_come_back(tmp_path, prefix):
 def test_a_file_of_another_architecture_is_refused(tmp_path):
   _, oracle, config, _ = _pair()
   write_safetensors(tmp_path / 'model.safetensors', tensors(oracle))
-  other = dataclasses.replace(config, num_hidden_layers=3, intermediate_size=8)
-  with pytest.raises(UserError, match=r'missing: text_model.encoder.layers.2.*wrong shape'):
-    table.load(tmp_path / 'model.safetensors', dataclasses.replace(other, num_hidden_layers=3))
+  path = tmp_path / 'model.safetensors'
+  for sizes, message in (
+    ({'num_hidden_layers': 3}, r'missing: text_model.encoder.layers.2'),
+    ({'num_hidden_layers': 1}, r'unexpected: text_model.encoder.layers.1'),
+    ({'intermediate_size': 8}, r'wrong shape: text_model.encoder.layers.0.mlp.fc1'),
+  ):
+    with pytest.raises(UserError, match=message):
+      table.load(path, dataclasses.replace(config, **sizes))
 
 
 def test_config_json_is_read_with_transformers_defaults():

@@ -53,7 +53,7 @@ def test_a_second_start_asks_nothing_of_the_network(clone):
   asked, _ = install(clone)
   assert len(asked) == 3 and any('requirements-emoji.txt' in line for line in asked)
   assert install(clone)[0] == []
-  for name in (*LISTS, 'launch/requirements-emoji.txt'):
+  for name in (*LISTS, 'launch/requirements-emoji.txt', 'launch/requirements-test.txt'):
     with open(clone / name, 'a') as file:
       file.write('# another list\n')
     assert len(install(clone)[0]) == 3, name

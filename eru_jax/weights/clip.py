@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eru_jax.errors import UserError
 from eru_jax.models.clip import ClipTextConfig, ClipTextModel
 from eru_jax.weights.safetensors_io import read_safetensors
 from eru_jax.weights.table import Row, linear, norm, to_flax
@@ -59,11 +60,14 @@ def load(path: str | os.PathLike, config: ClipTextConfig) -> dict[str, Any]:
     Nested dict of numpy arrays in the file's dtype.
 
   Raises:
-    UserError: if the file is damaged or of another architecture.
+    UserError: naming the file, if it is damaged or of another architecture.
   """
   kept = {}
   for name, value in read_safetensors(path).items():
     full = name if name.startswith((_PREFIX, 'text_projection.')) else _PREFIX + name
     if full not in _IGNORED:
       kept[full] = value
-  return to_flax(kept, rows(config), counts(config), shapes(config))
+  try:
+    return to_flax(kept, rows(config), counts(config), shapes(config))
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eru_jax.errors import UserError
 from eru_jax.models.t5 import T5Config, T5Encoder
 from eru_jax.weights.safetensors_io import read_safetensors
 from eru_jax.weights.table import Row, linear, norm, to_flax
@@ -57,11 +58,14 @@ def load(path: str | os.PathLike, config: T5Config) -> dict[str, Any]:
     Nested dict of numpy arrays in the file's dtype.
 
   Raises:
-    UserError: if the file is damaged or of another architecture.
+    UserError: naming the file, if it is damaged or of another architecture.
   """
   tensors = read_safetensors(path)
   kept = {name: value for name, value in tensors.items() if not name.startswith(_IGNORED)}
   tied = kept.pop(_TIED, None)
   if tied is not None:
     kept.setdefault(_EMBEDDING, tied)
-  return to_flax(kept, rows(config), counts(config), shapes(config))
+  try:
+    return to_flax(kept, rows(config), counts(config), shapes(config))
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
