@@ -105,6 +105,18 @@ def logical_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
   return shardings
 
 
+def unboxed(boxed: PyTree) -> PyTree:
+  """Abstract parameters without the names of their axes.
+
+  Unlike linen's, this puts no constraint on them, which under a mesh only compiled code may.
+  """
+
+  def is_box(node: Any) -> bool:
+    return isinstance(node, nn.meta.AxisMetadata)
+
+  return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 

@@ -10,6 +10,7 @@ from oracle import relative_error
 from eru_jax.config_file import load_config
 from eru_jax.errors import UserError
 from eru_jax.training import config as config_lib
+from eru_jax.training.metrics import read_metrics
 from eru_jax.training.run import train
 from eru_jax.training.sampling import SampleRequest, sample
 
@@ -86,13 +87,16 @@ def test_a_run_is_measured_without_a_judge(dk_dm):
   assert 'No judge looked' in (dk_dm / 'report.html').read_text()
 
 
-def test_training_goes_on_from_an_adapter(dk_dm, tmp_path):
+def test_no_rl_goes_on_from_the_adapter_of_dk_dm(dk_dm, tmp_path):
   adapter = str(dk_dm / 'adapters' / 'dk_dm.safetensors')
-  values = settings('flux_dev_dk_dm.py:runlocal', adapter=adapter, dk_dm__num_steps='1')
+  values = settings('flux_dev_no_rl.py:runlocal', adapter=adapter)
   train(values, str(tmp_path / 'more'))
   stages = json.loads((tmp_path / 'more' / 'summary.json').read_text())['stages']
   first = json.loads((dk_dm / 'summary.json').read_text())['stages']
-  assert list(stages) == ['base', 'adapter', 'dk_dm']
+  assert list(stages) == ['base', 'adapter', 'no_rl']
+  metrics = read_metrics(tmp_path / 'more' / 'metrics.jsonl')
+  assert all(0 < row['reward'] < 100 for row in metrics)
+  assert (tmp_path / 'more' / 'adapters' / 'no_rl.safetensors').is_file()
   for name, before in (('base', 'base'), ('adapter', 'dk_dm')):
     distance = [s['train']['anchor_distance'] for s in (stages[name], first[before])]
     assert distance[0] == pytest.approx(distance[1], rel=1e-3)

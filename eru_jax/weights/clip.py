@@ -4,10 +4,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.models.clip import ClipTextConfig, ClipTextModel
 from eru_jax.weights.safetensors_io import read_safetensors
@@ -50,7 +50,7 @@ def shapes(config: ClipTextConfig) -> dict[str, Any]:
   """Shapes the parameters must have, without making them."""
   ids = jnp.zeros((1, 2), jnp.int32)
   init = ClipTextModel(config).init
-  return nn.unbox(jax.eval_shape(init, jax.random.key(0), ids)['params'])
+  return sharding.unboxed(jax.eval_shape(init, jax.random.key(0), ids)['params'])
 
 
 def load(path: str | os.PathLike, config: ClipTextConfig) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eru_jax import sharding
 from eru_jax.models.clip_vision import ClipConfig, ClipVisionModel
 from eru_jax.weights import clip as text_table
 from eru_jax.weights.safetensors_io import read_safetensors
@@ -51,7 +51,7 @@ def shapes(config: ClipConfig) -> dict[str, Any]:
   projection = (config.text.hidden_size, config.vision.projection_dim)
   return {
     'text_model': text_table.shapes(config.text),
-    'vision_model': nn.unbox(boxed_vision(config)),
+    'vision_model': sharding.unboxed(boxed_vision(config)),
     'text_projection': {'kernel': jax.ShapeDtypeStruct(projection, jnp.float32)},
     'logit_scale': jax.ShapeDtypeStruct((), jnp.float32),
   }

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.models import autoencoder_kl, registry
 from eru_jax.types import Conditioning
@@ -62,7 +62,7 @@ class Component:
 
   def shapes(self, architecture: Any) -> PyTree:
     """Nested dict of ShapeDtypeStructs."""
-    return nn.unbox(self.boxed(architecture))
+    return sharding.unboxed(self.boxed(architecture))
 
   def layout_of(self, names: Iterable[str]) -> str | None:
     """The layout that most of these tensors are named by; None if not one is in any."""

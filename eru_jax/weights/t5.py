@@ -4,10 +4,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.models.t5 import T5Config, T5Encoder
 from eru_jax.weights.safetensors_io import read_safetensors
@@ -48,7 +48,7 @@ def counts(config: T5Config) -> Mapping[str, int]:
 def shapes(config: T5Config) -> dict[str, Any]:
   """Shapes the parameters must have, without making them."""
   ids = jnp.zeros((1, 2), jnp.int32)
-  return nn.unbox(jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids)['params'])
+  return sharding.unboxed(jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids)['params'])
 
 
 def load(path: str | os.PathLike, config: T5Config) -> dict[str, Any]:
