@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -284,6 +285,8 @@ def _load_tokenizer(folder: pathlib.Path, name: str, vocab_size: int) -> Any:
   if not any(all((folder / file).is_file() for file in files) for files in options):
     wanted = ' or '.join(' and '.join(files) for files in options)
     raise UserError(f'{folder} is no {name}: it lacks {wanted}.')
+  # Without PyTorch it would say that its models are not available, which nobody asks for.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   import transformers  # here, because commands must print their help quickly
 
   try:
