@@ -32,7 +32,7 @@ def parse(**values):
   ('values', 'message'),
   [
     ({'sed': 1}, r'unknown key `sed`; did you mean `seed`\?'),
-    ({'xyz': 1}, r'unknown key `xyz`; known: autoencoder, data, dk_dm'),
+    ({'xyz': 1}, r'unknown key `xyz`; known: adapter, autoencoder, data, dk_dm'),
     ({'dk_dm': {'num_step': 1}}, r'unknown key `dk_dm.num_step`; did you mean `dk_dm.num_steps`\?'),
     (
       {'no_rl': {'optimizer': {'learning_rat': 1.0}}},
