@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from eru_jax.errors import UserError, full_disk
 
-# Small arrays are written and read together until they come to this many bytes.
+# Arrays are written and read together until they come to this many bytes.
 _GROUP = 1 << 28
 # What is stored in one piece, so that a process that holds a shard reads little more than that.
 _CHUNK = 1 << 26
@@ -40,15 +40,15 @@ def exists(directory: pathlib.Path) -> bool:
 
 
 def _groups(items: Iterable[tuple[str, Any]], size: Any) -> Iterator[dict[str, Any]]:
-  """Items of together at most `_GROUP` bytes; larger ones alone."""
+  """Items of together at least `_GROUP` bytes, handed over before the next one is made."""
   group, total = {}, 0
   for path, item in items:
-    if group and total + size(item) > _GROUP:
-      yield group
-      group, total = {}, 0
     group[path] = item
     total += size(item)
     del item
+    if total >= _GROUP:
+      yield group
+      group, total = {}, 0
   if group:
     yield group
 
@@ -88,7 +88,10 @@ def specs(directory: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
 def _leaves(directory: pathlib.Path) -> dict[str, Any]:
   """Orbax's descriptions of the stored arrays, by path."""
   with _reading(directory):
-    leaves = traverse_util.flatten_dict(ocp.metadata(directory).metadata, sep='/')
+    tree = ocp.metadata(directory).metadata
+    if not isinstance(tree, dict):
+      raise ValueError('what it holds is not described')
+    leaves = traverse_util.flatten_dict(tree, sep='/')
     for path, leaf in leaves.items():
       if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
         raise ValueError(f'{path} is no array')

@@ -218,8 +218,8 @@ def _write_files(
       rows = part.component.layouts[to].rows(part.config)
       cells = {cell.path: cell for cell in table.cells(rows, part.component.counts(part.config))}
       for path, array in part.arrays():
-        for name, first, piece in table.scatter(cells[path], np.asarray(array)):
-          where[name].write(name, first, piece)
+        _write_array(cells[path], array, where)
+        del array  # Before the next one is made.
     for writer in writers:
       writer.finish()
   finally:
@@ -227,6 +227,11 @@ def _write_files(
       writer.close()
   for path, text in files.indices.items():
     (directory / path).write_text(text, encoding='utf-8')
+
+
+def _write_array(cell: table.Cell, array: np.ndarray, where: Mapping[str, TensorWriter]) -> None:
+  for name, first, piece in table.scatter(cell, array):
+    where[name].write(name, first, piece)
 
 
 def carry_over(

@@ -144,7 +144,7 @@ class Weights:
     if shardings is not None:
       where = {path: sharding_of(path, len(spec.shape), shardings) for path, spec in wanted.items()}
     for path, array in orbax_arrays.load(self.place, where):
-      yield path, array.astype(wanted[path].dtype)
+      yield path, array.astype(wanted[path].dtype, copy=False)
 
 
 def open_weights(
