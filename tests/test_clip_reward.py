@@ -285,6 +285,26 @@ def test_a_world_of_prompts_needs_a_clip():
     from_mapping(ExperimentConfig, values | {'no_rl': {}})
 
 
+def test_a_workdir_keeps_the_places_of_its_reward_and_what_its_anchors_said(tmp_path, monkeypatch):
+  from eru_jax.training.config import to_json
+  from eru_jax.training.experiment import resolve
+  from eru_jax.training.workdir import claim
+
+  monkeypatch.chdir(tmp_path)
+  anchors = tmp_path / 'a.jsonl'
+  anchors.write_text('{}')
+  settings = CLIP | {'reward_anchors': 'a.jsonl'}
+  config = resolve(from_mapping(ExperimentConfig, {'stages': ('no_rl',), 'no_rl': settings}))
+  places = (str(tmp_path / 'clip'), str(anchors))
+  assert (config.no_rl.reward_model, config.no_rl.reward_anchors) == places
+  claim(tmp_path / 'run', to_json(config))
+  (tmp_path / 'run' / 'metrics.jsonl').touch()
+  claim(tmp_path / 'run', to_json(config))
+  anchors.write_text('{"other": 1}')
+  with pytest.raises(UserError, match='a.jsonl has changed since'):
+    claim(tmp_path / 'run', to_json(config))
+
+
 # The stage.
 
 LATENT = (3, 5)
@@ -308,7 +328,7 @@ class _Model:
     return nn.sigmoid((x.reshape(x.shape[0], -1) @ params).reshape(-1, 30, 34, 3))
 
 
-def test_the_stage_holds_every_picture_against_the_implicit_prompt_of_its_pair(clip, tmp_path):
+def test_the_stage_holds_every_picture_against_the_implicit_prompt_of_its_pair(clip):
   from eru_jax.data.world import World
   from eru_jax.training.experiment import Snapshot, TextTable
   from eru_jax.training.stages import no_rl

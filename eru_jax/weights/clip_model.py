@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from eru_jax import sharding
+from eru_jax.errors import UserError
 from eru_jax.models.clip_vision import ClipConfig, ClipVisionModel
 from eru_jax.weights import clip as text_table
 from eru_jax.weights.safetensors_io import read_safetensors
@@ -65,8 +66,11 @@ def load(path: str | os.PathLike, config: ClipConfig) -> dict[str, Any]:
     `vision_model` (its projection included) and `logit_scale`.
 
   Raises:
-    UserError: if the file is damaged or of another architecture.
+    UserError: naming the file, if it is damaged or of another architecture.
   """
   tensors = read_safetensors(path)
   kept = {name: value for name, value in tensors.items() if name not in _IGNORED}
-  return to_flax(kept, rows(config), counts(config), shapes(config))
+  try:
+    return to_flax(kept, rows(config), counts(config), shapes(config))
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
