@@ -47,7 +47,18 @@ import time
 
 import gpu_results
 from absl import app, flags
-from gpu_rows import AGREEMENT, FULL, MARK, QUICK, ROWS, chosen_rows, merge, row_named
+from gpu_rows import (
+  AGREEMENT,
+  FULL,
+  MARK,
+  QUICK,
+  ROWS,
+  chosen_rows,
+  merge,
+  reason,
+  row_named,
+  tell,
+)
 from side_by_side import FORMULAS, processor
 
 _QUICK = flags.DEFINE_bool('quick', False, 'Tiny sizes, on whatever device there is.')
@@ -119,7 +130,7 @@ def run_row(row, seconds, exchange, report):
   values = environment()
   if row.side == 'diffusers':
     values['JAX_PLATFORMS'] = 'cpu'  # It imports our configurations, and JAX with them.
-  expired = threading.Event()
+  expired, failed = threading.Event(), False
   began = time.perf_counter()
   with tempfile.TemporaryFile('w+') as errors:
     # A group of its own: compilers leave workers that would hold the pipe open.
@@ -128,15 +139,18 @@ def run_row(row, seconds, exchange, report):
     )
 
     def expire():
-      expired.set()
-      os.killpg(process.pid, signal.SIGKILL)
+      if process.poll() is None:
+        expired.set()
+        os.killpg(process.pid, signal.SIGKILL)
 
     timer = threading.Timer(seconds, expire)
     timer.start()
     try:
       for line in process.stdout:
         if line.startswith(MARK):
-          report(json.loads(line.removeprefix(MARK)))
+          found = json.loads(line.removeprefix(MARK))
+          failed = failed or 'failed' in found
+          report(found)
       process.wait()
     finally:
       timer.cancel()
@@ -145,11 +159,11 @@ def run_row(row, seconds, exchange, report):
         process.wait()
     if expired.is_set():
       report({'failed': f'stopped after {int(seconds)} s'})
-    elif process.returncode:
+    elif process.returncode and not failed:
       errors.seek(0)
       lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
       report({'failed': lines[-1][:500] if lines else f'ended with {process.returncode}'})
-    else:
+    elif not process.returncode:
       report({'finished': True})
     report({'row_seconds': round(time.perf_counter() - began, 1)})
 
@@ -197,7 +211,12 @@ def main(argv):
   if _MEASURE.value:
     row = row_named(_MEASURE.value)
     module = importlib.import_module(_MODULES[row.side])
-    module.measure(row, sizes, _ROW_TIME.value, _EXCHANGE.value)
+    try:
+      module.measure(row, sizes, _ROW_TIME.value, _EXCHANGE.value)
+    except Exception as error:
+      # JAX ends its tracebacks with advice, where the parent would look for the reason.
+      tell(failed=reason(error))
+      raise
     return
   try:
     rows = chosen_rows(_ROWS.value)

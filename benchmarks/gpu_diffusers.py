@@ -173,7 +173,7 @@ def train(row, sizes):
       'call_seconds': seconds,
       'compile_seconds': first - seconds if compiled else 0.0,
       'tflop': work / 1e12,
-      'loss': value[0].item(),
+      'finite': bool(torch.isfinite(value[0])),
       **_peak(),
     }
 

@@ -174,8 +174,7 @@ def train(row, sizes, batch):
     'seconds': seconds,
     'call_seconds': seconds,
     'tflop': work / 1e12,
-    'loss': float(measured['loss']),
-    'skipped_updates': int(measured['skipped']),
+    'finite': int(measured['skipped']) == 0,
     **_peak(),
   }
 

@@ -1,7 +1,6 @@
 """What `gpu.py` found: the file of runs, rates, who is faster, and the table in Markdown."""
 
 import json
-import math
 import os
 import pathlib
 
@@ -66,19 +65,14 @@ def derive(run):
       entry['pictures_per_second'] = int(batch) / (entry['seconds'] * steps)
 
 
-def _sound(entry):
-  """Whether it computed numbers: a step on NaN is skipped, and says nothing of speed."""
-  return entry.get('finite', True) and math.isfinite(entry.get('loss', 0.0))
-
-
 def best(run, task, pixels, side):
-  """(row name, batch, entry) with the most pictures a second, or None."""
+  """(row name, batch, entry) with the most pictures a second, or None; NaN shows no speed."""
   found = [
     (row.name, batch, entry)
     for row in ROWS
     if (row.task, row.pixels, row.side) == (task, pixels, side)
     for batch, entry in run['rows'].get(row.name, {}).get('batches', {}).items()
-    if _sound(entry)
+    if entry['finite']
   ]
   return max(found, key=lambda item: item[2]['pictures_per_second'], default=None)
 
@@ -144,16 +138,16 @@ def table(run):
     )
     for name, found in run['rows'].items()
     for batch, entry in found.get('batches', {}).items()
-    if _sound(entry)
+    if entry['finite']
   ]
   head = 'row, batch, s a step, pictures a second, TFLOP/s, MFU, of measured peak, peak GiB, '
   lines += _lines((head + 'compile s, attention').split(', '), measured)
   lines += _lines(
-    ('', 'pixels', 'our best', "diffusers' best", 'ours is faster by', 'our MFU'),
+    ('', 'pixels', 'our best', "diffusers' best", 'their time over ours', 'our MFU'),
     [_compared(run, task, pixels) for task in _TASKS for pixels in (1024, 512)],
   )
   lines += _lines(
-    ('attention', 'tokens of pixels', 'forward, ms', 'forward and backward, ms'),
+    ('attention', 'pixels', 'forward, ms', 'forward and backward, ms'),
     _attention_rows(run),
   )
   problems = [f'* {name}: {told}' for name, told in _problems(run)]
@@ -175,7 +169,7 @@ def _attention_rows(run):
       for kind, found in kinds.items():
         if isinstance(found, dict):
           times = [found.get(name) for name in ('forward', 'forward and backward')]
-          cells = [f'{t["milliseconds"]:.3f}' if isinstance(t, dict) else t for t in times]
+          cells = [f'{t["milliseconds"]:.3f}' if isinstance(t, dict) else 'not run' for t in times]
           yield (f'{side}, {kind}', pixels, *cells)
         else:
           yield (f'{side}, {kind}', pixels, found if isinstance(found, str) else f'{found:.1e}', '')
@@ -188,5 +182,5 @@ def _problems(run):
     for batch, told in found.get('skipped', {}).items():
       yield f'{name}, batch {batch}', told
     for batch, entry in found.get('batches', {}).items():
-      if not _sound(entry):
+      if not entry['finite']:
         yield f'{name}, batch {batch}', 'not finite'
