@@ -25,12 +25,12 @@ import json
 import os
 import pathlib
 import platform
-import signal
 import statistics
 import sys
 import time
 
 from absl import app, flags
+from side_by_side import flops, processor, relative_error, time_limit
 
 _QUICK = flags.DEFINE_bool('quick', False, 'A tiny network and few repetitions.')
 _BATCH = flags.DEFINE_integer('batch', 64, 'Pictures in a batch.', lower_bound=1)
@@ -109,20 +109,6 @@ def inputs(cfg, batch, tokens):
     'tokens': normal(batch, _TEXT.value, cfg.joint_attention_dim),
     'pooled': normal(batch, cfg.pooled_projection_dim),
   }
-
-
-def flops(cfg, batch, image_tokens, text_tokens):
-  """Floating-point operations of the forward pass's matrix products, two a multiply-add."""
-  width, tokens = cfg.width, image_tokens + text_tokens
-  embedders = (256 + width) * width + (cfg.pooled_projection_dim + width) * width
-  if cfg.guidance_embeds:
-    embedders += (256 + width) * width
-  # Per token: projections 3 + 1, feed-forward 4 + 4; a single block fuses its two last ones.
-  block = 12 * width**2 * tokens + 2 * tokens**2 * width
-  modulations = (12 * cfg.num_layers + 3 * cfg.num_single_layers + 2) * width**2
-  ends = 2 * image_tokens * cfg.in_channels * width + text_tokens * cfg.joint_attention_dim * width
-  blocks = (cfg.num_layers + cfg.num_single_layers) * block
-  return 2 * batch * (blocks + modulations + embedders + ends)
 
 
 def suffix(accumulation):
@@ -282,23 +268,6 @@ class Theirs:
     self.matmul = lambda: torch.mm(a, a)
 
 
-@contextlib.contextmanager
-def time_limit(seconds):
-  """Raises TimeoutError inside if it takes longer."""
-
-  def expire(signum, frame):
-    del signum, frame
-    raise TimeoutError(f'not ready after {seconds} s')
-
-  previous = signal.signal(signal.SIGALRM, expire)
-  signal.alarm(seconds)
-  try:
-    yield
-  finally:
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
-
-
 def prepare(makers, compile_limit):
   """Builds and warms up candidates: ({name: run}, {name: seconds}, {name: why it does not run})."""
   ready, pilot, failed = {}, {}, {}
@@ -364,13 +333,6 @@ def compare(seconds):
   }
 
 
-def relative_error(ours, theirs):
-  import numpy as np
-
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
 def agreement(cfg, ours, theirs):
   """Relative differences of loss, velocity, gradients and samples; raises where they are large."""
   from eru_jax.weights import flux as flux_table
@@ -388,14 +350,6 @@ def agreement(cfg, ours, theirs):
   if max(differences.values()) > 1e-3:
     raise SystemExit(f'The two sides do not compute the same: {differences}')
   return {name: float(f'{value:.1e}') for name, value in differences.items()}
-
-
-def processor():
-  with contextlib.suppress(OSError):
-    for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
-      if line.startswith('model name'):
-        return line.split(':', 1)[1].strip()
-  return platform.processor()
 
 
 def measure(quick, report=print):
