@@ -87,6 +87,10 @@ def test_a_run_is_measured_without_a_judge(dk_dm):
   assert 'No judge looked' in (dk_dm / 'report.html').read_text()
 
 
+def enumerate_adapters(directory):
+  return [(path.stem, path) for path in sorted(directory.iterdir())]
+
+
 def test_no_rl_goes_on_from_the_adapter_of_dk_dm(dk_dm, tmp_path):
   adapter = str(dk_dm / 'adapters' / 'dk_dm.safetensors')
   values = settings('flux_dev_no_rl.py:runlocal', adapter=adapter)
@@ -96,7 +100,11 @@ def test_no_rl_goes_on_from_the_adapter_of_dk_dm(dk_dm, tmp_path):
   assert list(stages) == ['base', 'adapter', 'no_rl']
   metrics = read_metrics(tmp_path / 'more' / 'metrics.jsonl')
   assert all(0 < row['reward'] < 100 for row in metrics)
-  assert (tmp_path / 'more' / 'adapters' / 'no_rl.safetensors').is_file()
+  drawn = [
+    draw(config_lib.model_path('tiny_flux'), tmp_path / form, lora=(str(path),))
+    for form, path in enumerate_adapters(tmp_path / 'more' / 'adapters')
+  ]
+  np.testing.assert_allclose(*drawn, rtol=1e-4, atol=1e-4)
   for name, before in (('base', 'base'), ('adapter', 'dk_dm')):
     distance = [s['train']['anchor_distance'] for s in (stages[name], first[before])]
     assert distance[0] == pytest.approx(distance[1], rel=1e-3)

@@ -98,7 +98,7 @@ def train(config_values: Any, workdir: str) -> None:
         key = experiment.key(f'stage {name}')
         params = run_stage(name, stage, stage_config, key, mesh, directory, writer, config.stages)
         snapshot = module.absorb(experiment, snapshot, params)
-        export_adapter(directory / 'adapters' / f'{name}.safetensors', snapshot)
+        export_adapter(directory / 'adapters', name, snapshot)
       label = evaluated_as(name, config.model.source)
       if label:
         measure(label, snapshot)
@@ -176,14 +176,16 @@ def stored_model(
   )
 
 
-def export_adapter(path: pathlib.Path, snapshot: Snapshot) -> None:
-  """Writes a trained adapter as diffusers reads it; nothing if there is none, or it is all zero."""
+def export_adapter(directory: pathlib.Path, name: str, snapshot: Snapshot) -> None:
+  """Writes a trained adapter as diffusers and as ComfyUI read it, if it is not all zero."""
   model = snapshot.model
   if snapshot.trainable is None or not model.lora:
     return
   adapter = jax.device_get(snapshot.trainable)
   if not lora.is_zero(adapter):
-    export_lora(path, adapter, model.lora, model.backbone.config)
+    for form, suffix in (('diffusers', ''), ('kohya', '_kohya')):
+      path = directory / f'{name}{suffix}.safetensors'
+      export_lora(path, adapter, model.lora, model.backbone.config, form)
 
 
 def describe(scores: dict[str, Any]) -> str:
