@@ -142,7 +142,7 @@ def _new_files(request: ConversionRequest, weights: Sequence[Weights]) -> Files:
   indices = {}
   for part in weights:
     layout = part.component.layouts[request.to]
-    tensors = _tensors(part, request.to)
+    tensors = part.tensors(request.to)
     shards = [list(tensors)]
     if request.to == 'diffusers':
       shards = _shards(tensors, request.shard_bytes)
@@ -159,22 +159,6 @@ def _new_files(request: ConversionRequest, weights: Sequence[Weights]) -> Files:
     {path: make_header(tensors, {'format': 'pt'}) for path, tensors in headers.items()},
     indices,
   )
-
-
-def _tensors(part: Weights, to: str) -> dict[str, tuple[tuple[int, ...], Any]]:
-  """(shape, dtype) of a component's tensors in a layout, in the order of its module."""
-  specs = part.specs()
-  rows, counts = part.component.layouts[to].rows(part.config), part.component.counts(part.config)
-  dtypes: dict[str, Any] = {}
-  for cell in table.cells(rows, counts):
-    dtype = specs[cell.path].dtype
-    for name, _ in cell.parts:
-      if dtypes.setdefault(name, dtype) != dtype:
-        raise UserError(
-          f'{part.place}: parts of {name} are {dtypes[name]} and {dtype}: give one --dtype.'
-        )
-  shapes = table.torch_shapes(rows, counts, part.component.shapes(part.config))
-  return {name: (shape, dtypes[name]) for name, shape in shapes.items()}
 
 
 def _bytes(tensor: tuple[tuple[int, ...], Any]) -> int:

@@ -5,6 +5,7 @@ names in it which one it needs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,8 @@ def backbone(family: registry.ModelFamily) -> Component:
   )
 
 
+# Traced once: a conversion asks for them again and again.
+@functools.lru_cache
 def _boxed_backbone(family: registry.ModelFamily, architecture: Any) -> PyTree:
   """What the backbone's parameters must be like, without making them."""
 
@@ -111,6 +114,7 @@ def _boxed_backbone(family: registry.ModelFamily, architecture: Any) -> PyTree:
   return jax.eval_shape(init)['params']
 
 
+@functools.lru_cache
 def _boxed_autoencoder(config: autoencoder_kl.AutoencoderConfig) -> PyTree:
   """What the autoencoder's parameters must be like, without making them."""
   edge, channels = config.downscale, config.in_channels // config.patch_size**2

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Sequence
 
 from eru_jax.errors import UserError
-from eru_jax.weights import table
 from eru_jax.weights.sources import Weights, read_json
 from eru_jax.weights.tensor_files import header_tensors
 
@@ -62,16 +61,10 @@ def _complete(files: Files, weights: Sequence[Weights]) -> bool:
   """Whether the files hold the components' tensors and nothing else."""
   wanted = {}
   for part in weights:
-    layout = part.component.layouts.get(files.layouts.get(part.component.folder, ''))
-    if layout is None:
+    layout = files.layouts.get(part.component.folder)
+    if layout not in part.component.layouts:
       return False
-    rows, counts = layout.rows(part.config), part.component.counts(part.config)
-    dtypes = {}
-    specs = part.specs()
-    for cell in table.cells(rows, counts):
-      dtypes |= dict.fromkeys((name for name, _ in cell.parts), specs[cell.path].dtype)
-    shapes = table.torch_shapes(rows, counts, part.component.shapes(part.config))
-    wanted |= {name: (shape, dtypes[name]) for name, shape in shapes.items()}
+    wanted |= part.tensors(layout)
   found = {}
   for path, header in files.headers.items():
     for name, tensor in header_tensors(header, pathlib.Path(path)).items():

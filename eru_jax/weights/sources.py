@@ -20,7 +20,7 @@ from eru_jax.errors import UserError
 from eru_jax.models import registry
 from eru_jax.models.quantize import is_quantised
 from eru_jax.weights import arrays as orbax_arrays
-from eru_jax.weights import snapshot
+from eru_jax.weights import snapshot, table
 from eru_jax.weights.layouts import Component
 from eru_jax.weights.streaming import Stored, sharding_of
 from eru_jax.weights.tensor_files import TensorFiles
@@ -100,6 +100,26 @@ class Weights:
     }
     self._check(found)
     return found
+
+  def tensors(self, layout: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """(shape, dtype) of the reference's tensors in one of the component's layouts, in the order in
+    which its module holds them.
+
+    Raises:
+      UserError: as `specs`, or if arrays of different dtypes would share a tensor.
+    """
+    specs, counts = self.specs(), self.component.counts(self.config)
+    rows = self.component.layouts[layout].rows(self.config)
+    dtypes: dict[str, Any] = {}
+    for cell in table.cells(rows, counts):
+      dtype = np.dtype(specs[cell.path].dtype)
+      for name, _ in cell.parts:
+        if dtypes.setdefault(name, dtype) != dtype:
+          raise UserError(
+            f'{self.place}: parts of {name} are {dtypes[name]} and {dtype}: give one --dtype.'
+          )
+    shapes = table.torch_shapes(rows, counts, self.component.shapes(self.config))
+    return {name: (shape, dtypes[name]) for name, shape in shapes.items()}
 
   def _dtype(self, path: str, dtype: Any) -> Any:
     if self.cast is None or dtype == np.int8 or path.endswith('kernel_scale'):
