@@ -339,7 +339,11 @@ def test_the_stage_holds_every_picture_against_the_implicit_prompt_of_its_pair(c
   prompts = ['', *world.all_prompts]
   rng = np.random.default_rng(0)
   tokens = rng.standard_normal((len(prompts), *LATENT)).astype(np.float32)
-  text = TextTable(Conditioning(tokens), {prompt: n for n, prompt in enumerate(prompts)})
+  text = TextTable(
+    {prompt: n for n, prompt in enumerate(prompts)},
+    lambda rows: Conditioning(tokens[rows]),
+    Conditioning(tokens[:1]),
+  )
   config = from_mapping(ExperimentConfig, {
     'stages': ('no_rl',), 'data': {'world': 'prompts', 'pairs': 'x.jsonl'},
     'no_rl': {

@@ -307,7 +307,7 @@ def test_training_enters_both(monkeypatch, tmp_path):
   world = mock.MagicMock()
   monkeypatch.setattr(run.experiment_lib, 'open_experiment', lambda *unused: (world, None))
   monkeypatch.setattr(run, 'STAGES', {'autoencoder': mock.MagicMock()})
-  monkeypatch.setattr(run, 'TemplateJudge', mock.MagicMock())
+  monkeypatch.setattr(run, 'judge_of', mock.MagicMock())
   monkeypatch.setattr(run, 'enable_compilation_cache', lambda: None)
   monkeypatch.setattr(run, 'run_stage', run_stage)
   values = {'stages': ('autoencoder',), 'model': {'source': 'scratch'}}

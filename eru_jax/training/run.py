@@ -102,7 +102,7 @@ def train(config_values: Any, workdir: str) -> None:
       label = evaluated_as(name, config.model.source)
       if label:
         measure(label, snapshot)
-    if set(config.stages) & set(PRETRAINING) and snapshot.trainable is None:
+    if set(config.stages) & set(PRETRAINING) and not _trains_adapters(config):
       save_model(directory / 'model', experiment.config, snapshot)
     diagnosis = None
     groups = _pairs_to_compare(experiment) if snapshots else {}
@@ -135,6 +135,11 @@ def train(config_values: Any, workdir: str) -> None:
   )
   replace_file(summary_path, (json.dumps(summary, indent=2) + '\n').encode())
   print(f'Report: {report}')
+
+
+def _trains_adapters(config: config_lib.ExperimentConfig) -> bool:
+  """Whether the backbone stays as it was; pretraining in the emoji world takes no adapters."""
+  return config.data.world == 'prompts' and bool(config.lora or config.adapter)
 
 
 def _pairs_to_compare(experiment: Experiment) -> dict[str, list[KnowledgePair]]:

@@ -67,7 +67,8 @@ def settings(directory: pathlib.Path) -> dict[str, Any]:
     'sampling': {
       'num_steps': 28 if guided else 4,
       'guidance': 3.5 if guided else 0.0,
-      'shift_mu': _shift_mu(read_json(path), path),
+      # Weights are copied about without their scheduler; then it is that of the published models.
+      'shift_mu': _shift_mu(read_json(path), path) if path.exists() else None if guided else 0.0,
     },
   }
 
