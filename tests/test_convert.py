@@ -140,7 +140,7 @@ def test_every_layout_loads(snapshot, converted, source):
   theirs = model_directory.load(snapshot, dtype=None)
   ours = model_directory.load(converted[source], dtype=None)
   assert_same_model(ours, theirs)
-  assert ours.settings == {'family': 'flux'} and ours.reward is None
+  assert ours.settings['family'] == 'flux' and ours.reward is None
   assert {x.dtype for x in flat(ours.backbone).values()} == {np.dtype(ml_dtypes.bfloat16)}
   whole = model_directory.load(converted[source])
   assert {x.dtype for x in flat(whole.backbone).values()} == {np.dtype(np.float32)}

@@ -407,7 +407,7 @@ def stub_experiment():
 def evaluate_stub(monkeypatch, shade, base=None):
   stub = Stub(shade)
   monkeypatch.setattr(evaluation, 'generate', stub)
-  return evaluation.evaluate(stub_experiment(), None, None, base), stub
+  return evaluation.evaluate(stub_experiment(), None, object(), base), stub
 
 
 def test_accuracy_and_drift_equal_a_count_by_hand(monkeypatch):

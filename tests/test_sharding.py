@@ -305,7 +305,9 @@ def test_training_enters_both(monkeypatch, tmp_path):
     raise KeyboardInterrupt
 
   world = mock.MagicMock()
-  monkeypatch.setattr(run.experiment_lib, 'open_experiment', lambda *unused: (world, None))
+  monkeypatch.setattr(
+    run.experiment_lib, 'open_experiment', lambda *unused: (world, mock.MagicMock(trainable=None))
+  )
   monkeypatch.setattr(run, 'STAGES', {'autoencoder': mock.MagicMock()})
   monkeypatch.setattr(run, 'judge_of', mock.MagicMock())
   monkeypatch.setattr(run, 'enable_compilation_cache', lambda: None)
