@@ -407,6 +407,7 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path):
   checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_with_the_checkpoints_own_sentence(
   tiny_config, tmp_path, monkeypatch
 ):

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 def test_quick_comparison():
   """Both sides agree, are timed, and the last line is the JSON it promises."""
   pytest.importorskip('torch')

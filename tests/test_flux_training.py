@@ -112,6 +112,7 @@ def test_no_rl_goes_on_from_the_adapter_of_dk_dm(dk_dm, tmp_path):
     train(values | {'adapter': ''}, str(tmp_path / 'more'))
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_pictures_keeps_their_latents(tmp_path, monkeypatch):
   from eru_jax.training.stages import flow_matching
 
@@ -128,6 +129,7 @@ def test_fine_tuning_on_pictures_keeps_their_latents(tmp_path, monkeypatch):
   assert relative_error(draw(tmp_path / 'full' / 'model', tmp_path / 'model'), tuned) <= 0.05
 
 
+@pytest.mark.slow
 def test_int8_kernels_stay_frozen_under_adapters(tmp_path):
   values = settings('flux_dev_dk_dm.py:runlocal,int8', dk_dm__num_steps='2')
   train(values, str(tmp_path / 'int8'))

@@ -93,6 +93,7 @@ def test_quantised_kernels_are_within_half_a_step(toy):
   assert all(value is flat[name] for name, value in others.items())
 
 
+@pytest.mark.slow
 def test_a_run_from_scratch_makes_a_model(tiny_config, tiny_model_dir, tmp_path):
   from eru_jax.models.autoencoder_kl import AutoencoderKL, scale_latents
   from eru_jax.training.evaluation import SPLITS
