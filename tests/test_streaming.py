@@ -217,6 +217,7 @@ def entry(start, stop, shape=(2,), dtype='F32'):
     (header('{"a":1,"a":2}'), 'occurs twice'),
     (header('[' * 100_000), 'not a whole safetensors file'),
     (header('[]'), 'no JSON object'),
+    ((4).to_bytes(8, 'little') + '{}'.encode('utf-16-le'), 'not a whole safetensors file'),
     (header({'a': entry(0, 8)}, 9), 'bytes by its header|but'),
     (header({'a': entry(0, 8)}, 7), 'bytes by its header|but'),
   ],

@@ -66,7 +66,7 @@ def header_tensors(header: bytes, path: pathlib.Path, size: int | None = None) -
     return found
 
   try:
-    entries = json.loads(header, object_pairs_hook=unique)
+    entries = json.loads(header.decode(), object_pairs_hook=unique)
   except RecursionError as error:
     raise ValueError('the header is nested too deeply') from error
   if not isinstance(entries, dict):
