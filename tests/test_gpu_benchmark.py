@@ -235,9 +235,11 @@ def test_quick_comparison(loaded, tmp_path):
   """Both sides agree, a row of every kind is measured, and what is finished is not run again."""
   for name in ('torch', 'diffusers', 'peft'):
     pytest.importorskip(name)
-  path, patterns = tmp_path / 'gpu.json', ['peak-*', 'attention-*', '*-512-*']
+  path = tmp_path / 'gpu.json'
+  patterns = ['peak-*', 'attention-*', 'sample-512-*', 'lora-512-ours-names', 'full-512-ours-attn']
+  patterns += ['lora-512-diffusers-checkpoint-compiled', 'full-512-diffusers-checkpoint']
   command = [sys.executable, 'benchmarks/gpu.py', '--quick', f'--output={path}']
-  command += [f'--rows={",".join(patterns)}', '--row_limit=900', '--time_limit=9000']
+  command += [f'--rows={",".join(patterns)}', '--row_limit=3600', '--time_limit=18000']
   # Compiled fast rather than well.
   fast = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
