@@ -7,9 +7,10 @@
 pairs, `data.others` a text file of ordinary prompts, one a line, that must stay as they are.
 Arguments, joined by commas (`configs/flux_dev_dk_dm.py:full,res=1024`):
 
-    res=512     edge of the pictures in pixels
+    res=512     edge of the pictures in pixels; of runlocal, 64
     full        trains the whole backbone instead of adapters of rank 64
-    int8        keeps the frozen backbone in int8, for one accelerator of 16 GB
+    int8        keeps the frozen backbone in int8, with adapters of rank 16 and a quarter of the
+                batch, for one accelerator of 16 GB
     runlocal    a tiny random FLUX.1 and the package's sample of pairs: the same code, on a laptop
 
 What to expect is not known: FLUX.1's weights could not be had where this was written. All that
@@ -21,35 +22,45 @@ import ml_collections
 
 from eru_jax.config_file import options
 
+# Attention and feed-forward layers of the blocks; what lies outside of blocks, diffusers' reader of
+# ComfyUI's adapters drops.
+_LAYERS = 'transformer_blocks/.*(attn|ff|proj)'
+
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Arguments: see above."""
-  given = options(arg, flags=('full', 'int8', 'runlocal'), values={'res': 512})
+  given = options(arg, ('full', 'int8', 'runlocal'), {'res': None}, contrary=[('full', 'int8')])
+  # All that training adds to a base in int8 has to fit beside it.
+  rank, batch = (16, 8) if given['int8'] else (64, 32)
   config = ml_collections.ConfigDict()
   config.title = 'DK-DM on FLUX.1-dev'
   config.stages = ('dk_dm',)
   config.model = dict(
     source='FLUX.1-dev',
-    resolution=given['res'],
+    resolution=given['res'] or 512,
     dtype='bfloat16',
     params='float32' if given['full'] else 'int8' if given['int8'] else 'bfloat16',
     remat='full',
   )
-  config.lora = () if given['full'] else (dict(pattern='attn|ff|proj', rank=64, alpha=128.0),)
+  config.lora = () if given['full'] else (dict(pattern=_LAYERS, rank=rank, alpha=2.0 * rank),)
   config.mesh = dict(data=1, fsdp=-1)
   config.data = dict(world='prompts', pairs='pairs.jsonl', others='')
   config.sampling = dict(num_steps=28, guidance=3.5, shift_mu=None)
-  config.evaluation = dict(max_prompts=32, batch_size=4, gallery=8, diagnosis=0)
+  config.evaluation = dict(
+    max_prompts=32, batch_size=1 if given['int8'] else 4, gallery=8, diagnosis=0
+  )
   config.dk_dm = dict(
     num_steps=2000,
-    teacher_batch=32,
-    rollouts=8,
+    teacher_batch=batch,
+    rollouts=batch // 4,
     rollout_steps=8,
     states_per_rollout=4,
     mixture=0.1,
-    preservation_batch=16,
+    preservation_batch=batch,
     preservation_weight=1.0,
-    accumulation=1,
+    # A state of each kind at a time on every device: docs/plan.md says what fits.
+    per_device=1,
+    in_turn=given['int8'],
     teacher_seeds=2,
     # Noise and masks on the text are for encoders of sentences; T5's states are taken as they are.
     text_noise=0.0,
@@ -66,13 +77,13 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     ),
   )
   if given['runlocal']:
-    _shrink(config)
+    _shrink(config, given['res'])
   return config
 
 
-def _shrink(config: ml_collections.ConfigDict) -> None:
+def _shrink(config: ml_collections.ConfigDict, resolution: int | None) -> None:
   """The same experiment on a tiny random model."""
-  config.model.update(source='tiny_flux', resolution=64, dtype='float32')
+  config.model.update(source='tiny_flux', resolution=resolution or 64, dtype='float32')
   if config.model.params == 'bfloat16':
     config.model.params = 'float32'
   config.data.update(pairs='sample')
@@ -86,6 +97,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     states_per_rollout=2,
     preservation_batch=4,
     teacher_seeds=1,
+    per_device=0,
     log_every=1,
   )
   config.dk_dm.optimizer.warmup_steps = 1

@@ -13,28 +13,37 @@ import ml_collections
 
 from eru_jax.config_file import options
 
+# Attention and feed-forward layers of the blocks; what lies outside of blocks, diffusers' reader of
+# ComfyUI's adapters drops.
+_LAYERS = 'transformer_blocks/.*(attn|ff|proj)'
+
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Arguments: see above."""
-  given = options(arg, flags=('full', 'int8', 'runlocal'), values={'res': 512})
+  given = options(arg, ('full', 'int8', 'runlocal'), {'res': None}, contrary=[('full', 'int8')])
+  rank = 16 if given['int8'] else 64
   config = ml_collections.ConfigDict()
   config.title = 'Fine-tuning of FLUX.1'
   config.stages = ('flow_matching',)
   config.model = dict(
     source='FLUX.1-dev',
-    resolution=given['res'],
+    resolution=given['res'] or 512,
     dtype='bfloat16',
     params='float32' if given['full'] else 'int8' if given['int8'] else 'bfloat16',
     remat='full',
   )
-  config.lora = () if given['full'] else (dict(pattern='attn|ff|proj', rank=64, alpha=128.0),)
+  config.lora = () if given['full'] else (dict(pattern=_LAYERS, rank=rank, alpha=2.0 * rank),)
   config.mesh = dict(data=1, fsdp=-1)
   config.data = dict(world='prompts', pairs='pictures.jsonl')
   config.sampling = dict(num_steps=28, guidance=3.5, shift_mu=None)
-  config.evaluation = dict(max_prompts=32, batch_size=4, gallery=8, diagnosis=0)
+  config.evaluation = dict(
+    max_prompts=32, batch_size=1 if given['int8'] else 4, gallery=8, diagnosis=0
+  )
   config.flow_matching = dict(
     num_steps=2000,
     batch_size=32,
+    # A picture at a time on every device: docs/plan.md says what fits.
+    per_device=1,
     text_noise=0.0,
     pooled_only=0.0,
     tokens_only=0.0,
@@ -49,17 +58,17 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     ),
   )
   if given['runlocal']:
-    _shrink(config)
+    _shrink(config, given['res'])
   return config
 
 
-def _shrink(config: ml_collections.ConfigDict) -> None:
+def _shrink(config: ml_collections.ConfigDict, resolution: int | None) -> None:
   """The same experiment on a tiny random model."""
-  config.model.update(source='tiny_flux', resolution=64, dtype='float32')
+  config.model.update(source='tiny_flux', resolution=resolution or 64, dtype='float32')
   if config.model.params == 'bfloat16':
     config.model.params = 'float32'
   config.data.pairs = 'sample'
   config.sampling.num_steps = 4
   config.evaluation.update(max_prompts=4, gallery=2)
-  config.flow_matching.update(num_steps=4, batch_size=4, log_every=1)
+  config.flow_matching.update(num_steps=4, batch_size=4, per_device=0, log_every=1)
   config.flow_matching.optimizer.warmup_steps = 1

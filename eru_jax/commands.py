@@ -15,8 +15,8 @@ _OVERRIDE = 'config.'
 def run(main: Callable[[], None]) -> None:
   """Runs a command: flags are parsed first, then `main` may import what is slow.
 
-  A UserError becomes one line on stderr and exit status 2; so does a bad flag or config file, and
-  a file that the system refuses to open or write.
+  A UserError becomes one line on stderr, with one more for each thing it lists, and exit status 2;
+  so does a bad flag or config file, and a file that the system refuses to open or write.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.use_absl_handler()
@@ -27,20 +27,29 @@ def run(main: Callable[[], None]) -> None:
       fail(f'unexpected argument {argv[1]!r}; every option is a --flag, see --help')
     try:
       main()
-    except UserError as error:
-      fail(str(error))
-    except OSError as error:
-      # Files that are no result, such as curves, are written by libraries that know no UserError.
-      if full_disk(error) is not None:
-        fail(f'{error}: free some space and run the same command again')
-      # Without a file's name, nobody could tell what to mend.
-      if not isinstance(error.filename, str):
+    except (UserError, OSError, KeyboardInterrupt) as error:
+      found = explain(error)
+      if found is None:
         raise
-      fail(f'{error.filename}: {error.strerror}: check this path and the rights to it')
-    except KeyboardInterrupt:
-      fail('interrupted; run the same command again to continue', status=130)
+      fail(*found, details=getattr(error, 'details', ()))
 
   app.run(wrapped, flags_parser=_parse_flags)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+  """What to tell a user about an error, and the exit status; None if it is none of theirs."""
+  if isinstance(error, KeyboardInterrupt):
+    return 'interrupted; run the same command again to continue', 130
+  if isinstance(error, UserError):
+    return error.sentence, 2
+  if isinstance(error, OSError):
+    # Files that are no result, such as curves, are written by libraries that know no UserError.
+    if full_disk(error) is not None:
+      return f'{error}: free some space and run the same command again', 2
+    # Without a file's name, nobody could tell what to mend.
+    if isinstance(error.filename, str):
+      return f'{error.filename}: {error.strerror}: check this path and the rights to it', 2
+  return None
 
 
 def define_seed() -> flags.FlagHolder[int]:
@@ -48,6 +57,15 @@ def define_seed() -> flags.FlagHolder[int]:
   return flags.DEFINE_integer(
     'seed', 0, 'Seed of the start noise.', lower_bound=0, upper_bound=2**32 - 1
   )
+
+
+def define_mesh() -> flags.FlagHolder[str | None]:
+  """The flag --mesh, as `sharding.parse_mesh` reads it."""
+  return flags.DEFINE_string(
+    'mesh', None, 'Sizes of the axes of the device mesh, such as fsdp=4 or data=2,fsdp=-1; by '
+    'default the model is copied to all devices if it is small beside the memory of one, else '
+    'split over them.'
+  )  # fmt: skip
 
 
 def config_overrides() -> dict[str, str]:
@@ -83,8 +101,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return fail(f'{error}; see --help')
 
 
-def fail(message: str, status: int = 2) -> None:
-  """Prints one line and ends the process."""
+def fail(message: str, status: int = 2, details: Sequence[str] = ()) -> None:
+  """Prints one line, or one and a line for each detail, and ends the process."""
   sys.stdout.flush()
   print(f'error: {" ".join(message.split())}', file=sys.stderr)
+  for detail in details:
+    print(f'  {detail}', file=sys.stderr)
   sys.exit(status)

@@ -16,7 +16,10 @@ from eru_jax.errors import UserError
 
 
 def options(
-  argument: str, flags: Sequence[str] = (), values: Mapping[str, int] | None = None
+  argument: str,
+  flags: Sequence[str] = (),
+  values: Mapping[str, int | None] | None = None,
+  contrary: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
   """Reads the argument of a config file, such as 'int8,res=512'.
 
@@ -24,12 +27,13 @@ def options(
     argument: words and NAME=INTEGER, joined by commas; '' for none.
     flags: words that may be there.
     values: names that may be given an integer, with their defaults.
+    contrary: pairs of words of which only one may be there.
 
   Returns:
     Word -> whether it is there, and name -> integer.
 
   Raises:
-    ValueError: for anything else, listing what there is.
+    UserError: for anything else, listing what there is, or for contrary words.
   """
   found: dict[str, Any] = {**dict.fromkeys(flags, False), **(values or {})}
   for part in filter(None, argument.split(',')):
@@ -40,7 +44,10 @@ def options(
       found[name] = int(text)
     else:
       known = [*flags, *(f'{name}=INTEGER' for name in values or ())]
-      raise ValueError(f'{part!r} is no argument of this config; there are {", ".join(known)}')
+      raise UserError(f'{part!r} is no argument of this config; there are {", ".join(known)}.')
+  for one, other in contrary:
+    if found[one] and found[other]:
+      raise UserError(f'{one!r} and {other!r} contradict each other: give one of them.')
   return found
 
 
@@ -65,6 +72,8 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     if error.filename != str(path):
       raise _failure(path, error) from error
     raise UserError(f'The config file {path} cannot be read: {error.strerror}.') from error
+  except UserError as error:
+    raise error.at(f'The config file {path}') from error
   except Exception as error:
     raise _failure(path, error) from error
   values = _plain(config)

@@ -16,7 +16,9 @@ _SOURCE = flags.DEFINE_string('source', None, 'Model directory or .safetensors f
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory to write; must not be there yet.')
 _TO = flags.DEFINE_string('to', 'eru', 'Layout: eru, diffusers, original or comfyui.')
 _INT8 = flags.DEFINE_bool(
-  'int8', False, "Round the backbone's kernels to int8, for --to=eru; they can only stay frozen."
+  'int8',
+  False,
+  "Round the kernels of the backbone's blocks to int8, for --to=eru; they can only stay frozen.",
 )
 _DTYPE = flags.DEFINE_string(
   'dtype', None, 'float32, bfloat16 or float16; by default every tensor stays as it is.'

@@ -26,6 +26,7 @@ _TIMESTEPS = flags.DEFINE_list(
   'timesteps', ['0.9', '0.6', '0.3'], 'Noise levels, in (0, 1]; the highest is the one charted.'
 )
 _SEED = commands.define_seed()
+_MESH = commands.define_mesh()
 flags.mark_flags_as_required(['model', 'output'])
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     max_prompts=_MAX_PROMPTS.value,
     timesteps=_TIMESTEPS.value,
     seed=_SEED.value,
+    mesh=_MESH.value,
   )
 
 

@@ -2,21 +2,49 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _REFUSED = (
   errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN,
   errno.EBUSY, errno.ELOOP, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN,
 )  # fmt: skip
+# Characters of an item in a list; beyond, they are a stranger's joke.
+_LONGEST = 240
 
 
 class UserError(ValueError):
   """A mistake the user can mend: the message says what was wrong, where, and what to do.
 
-  The commands print it as one line, without a traceback, and exit with status 2.
-  Library callers see an ordinary ValueError.
+  The commands print it without a traceback and exit with status 2. Library callers see an ordinary
+  ValueError.
+
+  Attributes:
+    sentence: the message.
+    details: what it lists, one item a line below it; mostly nothing.
   """
+
+  def __init__(self, sentence: str, details: Iterable[str] = ()):
+    self.sentence, self.details = sentence, tuple(details)
+    super().__init__('\n  '.join((sentence, *self.details)))
+
+  def at(self, where: Any) -> 'UserError':
+    """The same mistake, and where it is."""
+    return UserError(f'{where}: {self.sentence}', self.details)
+
+
+def listed(problems: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+  """The details of an error: each item of each kind of problem.
+
+  Args:
+    problems: kind -> items. These may be a stranger's: each stays on its line, and short.
+  """
+  return tuple(
+    f'{kind}: {item if item.isprintable() and len(item) <= _LONGEST else repr(item[:_LONGEST])}'
+    for kind, items in problems.items()
+    for item in items
+  )
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -16,13 +16,14 @@ _MODEL = flags.DEFINE_string(
 _PROMPTS = flags.DEFINE_string('prompts', None, 'JSON Lines file of knowledge pairs.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for evaluation.json and grid.png.')
 _SEED = commands.define_seed()
+_MESH = commands.define_mesh()
 flags.mark_flags_as_required(['model', 'prompts', 'output'])
 
 
 def main() -> None:
   from eru_jax.training.scoring import score_prompt_file
 
-  score_prompt_file(_MODEL.value, _PROMPTS.value, _OUTPUT.value, _SEED.value)
+  score_prompt_file(_MODEL.value, _PROMPTS.value, _OUTPUT.value, _SEED.value, _MESH.value)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import tempfile
+from typing import Any
 
 from eru_jax.errors import UserError
 
@@ -15,7 +17,7 @@ def replace_file(path: str | os.PathLike, data: bytes) -> None:
     UserError: if it cannot be written.
   """
   path = pathlib.Path(path)
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary = temporary_name(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, 'wb') as file:
@@ -27,6 +29,20 @@ def replace_file(path: str | os.PathLike, data: bytes) -> None:
     with contextlib.suppress(OSError):
       temporary.unlink()
     raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
+
+
+def temporary_name(path: pathlib.Path) -> pathlib.Path:
+  """A name beside the path's that no other process uses, not even of another host."""
+  return path.with_name(f'{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
+
+
+def as_path(path: str | os.PathLike) -> Any:
+  """An absolute pathlib.Path, or an epath.Path of an object store, such as gs://bucket/runs."""
+  if '://' in str(path):
+    from etils import epath
+
+    return epath.Path(path)
+  return pathlib.Path(path).expanduser().absolute()
 
 
 def cache_directory() -> pathlib.Path:

@@ -30,8 +30,12 @@ _STEPS = flags.DEFINE_integer(
   'steps', None, 'Euler steps; by default what the model was made for.', lower_bound=1
 )
 _GUIDANCE = flags.DEFINE_float(
-  'guidance', None, 'Guidance scale: embedded if the model has that, else classifier-free.',
-  lower_bound=0,
+  'guidance', None, 'Guidance scale of a model that was made for one: embedded (FLUX.1-dev), or '
+  'classifier-free (emoji_base). Others do not take it.', lower_bound=0,
+)  # fmt: skip
+_CFG_SCALE = flags.DEFINE_float(
+  'cfg_scale', None, 'Scale of classifier-free guidance against the empty prompt, for any model; 1 '
+  'is off. Takes twice the time.', lower_bound=0,
 )  # fmt: skip
 _HEIGHT = flags.DEFINE_integer(
   'height', None, "Pixels; by default the model's own size.", lower_bound=1
@@ -55,7 +59,8 @@ _IMAGE = flags.DEFINE_string(
   'image', None, 'Picture to set out from instead of pure noise, cut to what is drawn.'
 )
 _STRENGTH = flags.DEFINE_float(
-  'strength', 0.6, 'Of --image: share of the steps that are taken; 1 forgets the picture.',
+  'strength', None, 'Of --image: share of the steps that are taken, 0.6 by default; 1 forgets the '
+  'picture.',
   lower_bound=0, upper_bound=1,
 )  # fmt: skip
 _DTYPE = flags.DEFINE_enum(
@@ -67,6 +72,7 @@ _BATCH_SIZE = flags.DEFINE_integer('batch_size', None, 'Pictures made at a time.
 _SAVE_LATENTS = flags.DEFINE_bool(
   'save_latents', False, 'Also write the final packed latents, latents_final.npy.'
 )
+_MESH = commands.define_mesh()
 flags.mark_flags_as_required(['model', 'output'])
 
 
@@ -82,6 +88,7 @@ def main() -> None:
       output=_OUTPUT.value,
       steps=_STEPS.value,
       guidance=_GUIDANCE.value,
+      cfg_scale=_CFG_SCALE.value,
       height=_HEIGHT.value,
       width=_WIDTH.value,
       seed=_SEED.value,
@@ -94,6 +101,7 @@ def main() -> None:
       strength=_STRENGTH.value,
       dtype=_DTYPE.value,
       batch_size=_BATCH_SIZE.value,
+      mesh=_MESH.value,
     )
   )
 

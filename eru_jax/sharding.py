@@ -2,19 +2,23 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from eru_jax.errors import UserError
 
 PyTree = Any
+AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 # Logical axis (named in the modules) -> mesh axis or axes. First match wins.
 RULES = (
@@ -27,6 +31,7 @@ RULES = (
   ('vocab', 'tensor'),
   ('conv_in', None),
   ('conv_out', 'fsdp'),
+  ('lora_channels', 'fsdp'),
   ('lora_rank', None),
   ('norm', None),
   ('layers', None),
@@ -37,41 +42,92 @@ RULES = (
 class MeshConfig:
   """Sizes of the mesh axes; -1, once, means all remaining devices.
 
+  The first four are sizes within a slice: devices that a fast network joins, as the chips of a TPU
+  slice or the GPUs of a node. Several slices multiply the first two by the last two.
+
   Attributes:
     data: copies of the parameters, each with its share of the batch.
     fsdp: parameters and batch split along it.
     tensor: heads and MLP channels split along it.
     sequence: long sequences split along it.
+    dcn_data: slices along `data`, which then exchange nothing but gradients; -1 is all that remain.
+    dcn_fsdp: slices along `fsdp`: for parameters too large for one slice.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
   sequence: int = 1
+  dcn_data: int = -1
+  dcn_fsdp: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+def parse_mesh(text: str) -> MeshConfig:
+  """Reads sizes such as 'fsdp=4' or 'data=2,fsdp=-1'.
+
+  Without `data`, what the other sizes leave goes there.
+
+  Raises:
+    UserError: if it is written otherwise.
+  """
+  names = [field.name for field in dataclasses.fields(MeshConfig)]
+  sizes: dict[str, int] = {}
+  for part in text.split(','):
+    found = re.fullmatch(r'\s*(\w+)\s*=\s*(-?\d+)\s*', part)
+    if found is None or found[1] not in names or found[1] in sizes:
+      raise UserError(
+        f'--mesh={text}: give sizes of {", ".join(names)} with commas between, each once, such as '
+        'data=1,fsdp=-1; -1 is what the others leave.'
+      )
+    sizes[found[1]] = int(found[2])
+  data = 1 if -1 in sizes.values() else -1
+  return MeshConfig(**{'data': data} | sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """Builds the mesh over all devices, or the given ones.
 
   Raises:
-    UserError: if the sizes do not multiply to the number of devices.
+    UserError: if the sizes do not multiply to the number of devices, or of slices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = dataclasses.asdict(config)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  sizes = _filled(
+    {name: getattr(config, name) for name in AXES}, len(devices) // slices, 'devices', slices
+  )
+  across = {name: getattr(config, f'dcn_{name}') for name in ('data', 'fsdp')}
+  across = _filled({f'dcn_{name}': size for name, size in across.items()}, slices, 'slices')
+  shape = tuple(sizes.values())
+  # Linen's logical constraints need Auto axes; make_mesh would default to Explicit ones.
+  kinds = (AxisType.Auto,) * len(AXES)
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, kinds, devices=devices)
+  outer = (across['dcn_data'], across['dcn_fsdp'], 1, 1)
+  arranged = mesh_utils.create_hybrid_device_mesh(shape, outer, devices)
+  return Mesh(arranged, AXES, axis_types=kinds)
+
+
+def _filled(sizes: dict[str, int], count: int, what: str, slices: int = 1) -> dict[str, int]:
+  """Puts what is left in place of -1.
+
+  Raises:
+    UserError: if the sizes do not multiply to the count.
+  """
   given = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
   valid = all(size == -1 or size >= 1 for size in sizes.values()) and len(free) <= 1
-  if not valid or len(devices) % given or (not free and given != len(devices)):
+  if not valid or count % given or (not free and given != count):
+    where = f' of each of {slices} slices' if slices > 1 else ''
     raise UserError(
-      f'mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to that number, '
+      f'mesh {sizes} does not fit {count} {what}{where}: the sizes must multiply to that number, '
       'and at most one may be -1 (the rest).'
     )
-  for name in free:
-    sizes[name] = len(devices) // given
-  # Linen's logical constraints need Auto axes; make_mesh would default to Explicit ones.
-  return jax.make_mesh(
-    tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices
-  )
+  return sizes | {name: count // given for name in free}
+
+
+def this_device() -> Mesh:
+  """The mesh of what a process computes for itself, on its first device."""
+  return make_mesh(MeshConfig(), jax.local_devices()[:1])
 
 
 @contextlib.contextmanager
@@ -117,8 +173,50 @@ def unboxed(boxed: PyTree) -> PyTree:
   return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
 
 
+def batch_share(mesh: Mesh) -> int:
+  """How many devices (or groups of such) split a batch."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
+
+
+def described(tree: PyTree, layout: PyTree) -> PyTree:
+  """Shapes and dtypes of arrays (abstract or not), laid out as they would be on a mesh.
+
+  Args:
+    tree: the arrays.
+    layout: their shardings, or one for all of them.
+  """
+  if isinstance(layout, jax.sharding.Sharding):
+    layout = jax.tree.map(lambda _: layout, tree)
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout
+  )
+
+
+def split_first(mesh: Mesh) -> NamedSharding:
+  """Of arrays (N, ...) whose rows all devices share as they share the batch."""
+  return NamedSharding(mesh, P(('data', 'fsdp')))
+
+
+def split_second(mesh: Mesh) -> NamedSharding:
+  """Of microbatches (M, N, ...), each of which all devices share."""
+  return NamedSharding(mesh, P(None, ('data', 'fsdp')))
+
+
+@functools.cache
+def compiled_whole(
+  function: Callable, mesh: Mesh, static_argnums: tuple[int, ...] = ()
+) -> Callable:
+  """A function compiled for a mesh, all of its results on every device.
+
+  For what the host reads. Left to itself, the partitioner may split them as no array outside of a
+  program can be: a batch that the devices cannot share evenly is an error then. And each process
+  finds on its own devices what others have computed.
+  """
+  return jax.jit(function, static_argnums=static_argnums, out_shardings=replicated(mesh))
 
 
 def shardings_like(tree: PyTree, params: PyTree, param_shardings: PyTree, mesh: Mesh) -> PyTree:

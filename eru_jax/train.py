@@ -1,7 +1,8 @@
 """Trains: `python -m eru_jax.train --config=configs/emoji.py --workdir=runs/emoji`.
 
 Running the same command again continues an interrupted run; a finished one says so. Any value of
-the config can be overridden: `--config.dk_dm.num_steps=50`.
+the config can be overridden: `--config.dk_dm.num_steps=50`. On several machines, the same command
+is started once on each: docs/several_machines.md.
 """
 
 from absl import flags
@@ -22,6 +23,9 @@ def main() -> None:
 
   # Before the slow imports: a mistake in the config is answered at once.
   config = load_config(_CONFIG.value, commands.config_overrides())
+  from eru_jax import distributed
+
+  distributed.initialize()
   from eru_jax.training.run import train
 
   train(config, _WORKDIR.value)

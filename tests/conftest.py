@@ -87,6 +87,7 @@ def tiny_model_dir(emoji_cache, tmp_path_factory):
   model_directory.save(
     directory,
     model_directory.StoredModel(family, architecture, backbone, autoencoder, vae, settings, reward),
+    jnp.bfloat16,
   )
   return directory
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from eru_jax.errors import UserError
+from eru_jax.training import checkpoint
 from eru_jax.training.checkpoint import StageCheckpoints
 from eru_jax.training.state import OptimizerConfig, init_state
 
@@ -177,13 +178,13 @@ def test_one_flipped_byte_in_the_arrays_is_noticed_or_harmless(directory, share)
 def test_checksums_notice_what_storage_does_not(directory, monkeypatch, caplog):
   """Arrays that are read without an error, but with other bytes."""
   checkpoints = StageCheckpoints(directory)
-  load = checkpoints._checkpointer.load_pytree
+  load = checkpoint.ocp.load_pytree
 
-  def silently_wrong(step, wanted):
-    state = load(step, wanted)
-    return state.replace(updates=state.updates + 1) if step == 3 else state
+  def silently_wrong(path, wanted):
+    state = load(path, wanted)
+    return state.replace(updates=state.updates + 1) if path.endswith('/3') else state
 
-  monkeypatch.setattr(checkpoints._checkpointer, 'load_pytree', silently_wrong)
+  monkeypatch.setattr(checkpoint.ocp, 'load_pytree', silently_wrong)
   state, _ = checkpoints.restore(like(state_at(0)))
   assert '.updates have changed' in caplog.text
   assert_bits(state, state_at(2))
@@ -275,7 +276,7 @@ def test_what_is_no_evidence_of_damage_leaves_the_checkpoints_alone(
     raise error
 
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoints._checkpointer, 'load_pytree', fail)
+    patch.setattr(checkpoint.ocp, 'load_pytree', fail)
     with pytest.raises(raised, match=words) as caught:
       checkpoints.restore(like(state_at(0)))
   assert '\n' not in str(caught.value)
@@ -299,6 +300,20 @@ def test_files_that_really_cannot_be_opened_are_no_damage(directory, which):
   aside.replace(path)
   assert [p.name for p in directory.parent.iterdir()] == ['stage']
   checkpoints, (state, _) = reopened(directory)
+  assert_bits(state, state_at(3))
+  checkpoints.close()
+
+
+def test_checkpoints_of_earlier_versions_are_checked_by_their_crc(directory, monkeypatch, caplog):
+  monkeypatch.setattr(checkpoint, 'checksums', checkpoint._crcs)
+  checkpoints = StageCheckpoints(directory)
+  checkpoints.save(4, state_at(4), position(4))
+  monkeypatch.undo()
+  state, _ = checkpoints.restore(like(state_at(0)))
+  assert_bits(state, state_at(4))
+  monkeypatch.setattr(checkpoint.zlib, 'crc32', lambda data: 1)
+  state, _ = checkpoints.restore(like(state_at(0)))
+  assert 'stage/4 is damaged (the bytes of' in caplog.text
   assert_bits(state, state_at(3))
   checkpoints.close()
 

@@ -14,6 +14,7 @@ from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.models.clip import ClipTextConfig, ClipTextModel
 from eru_jax.weights import clip as table
+from eru_jax.weights import streaming
 from eru_jax.weights.safetensors_io import write_safetensors
 from eru_jax.weights.table import to_flax, to_torch
 
@@ -170,7 +171,7 @@ def test_files_load_and_their_tensors_come_back(tmp_path, prefix):
   stored[f'{prefix}embeddings.position_ids'] = np.arange(16)[None]
   stored['text_projection.weight'] = np.zeros((24, 24), np.float32)
   write_safetensors(tmp_path / 'model.safetensors', stored)
-  loaded = table.load(tmp_path / 'model.safetensors', config)
+  loaded = streaming.load(table.stored(tmp_path / 'model.safetensors', config))
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
   back = to_torch(loaded, table.rows(config), table.counts(config))
   assert set(back) == {f'text_model.{name}' for name in state}
@@ -188,7 +189,7 @@ def test_a_file_of_another_architecture_is_refused(tmp_path):
     ({'intermediate_size': 8}, r'wrong shape: text_model.encoder.layers.0.mlp.fc1'),
   ):
     with pytest.raises(UserError, match=message):
-      table.load(path, dataclasses.replace(config, **sizes))
+      table.stored(path, dataclasses.replace(config, **sizes)).check()
 
 
 def test_config_json_is_read_with_transformers_defaults():

@@ -29,6 +29,7 @@ from eru_jax.rewards.base import Reward
 from eru_jax.rewards.clip import SCORES, ClipReward, load_clip_reward
 from eru_jax.rewards.image_processing import ImageProcessor
 from eru_jax.sharding import MeshConfig
+from eru_jax.training.batches import on_mesh
 from eru_jax.training.config import ExperimentConfig, from_mapping
 from eru_jax.training.stage_config import NoRlStageConfig
 from eru_jax.types import Conditioning
@@ -354,6 +355,8 @@ def test_the_stage_holds_every_picture_against_the_implicit_prompt_of_its_pair(c
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   experiment = types.SimpleNamespace(
     config=config,
+    planned=False,
+    place=jax.device_put,
     mesh=mesh,
     world=world,
     text=text,
@@ -364,7 +367,7 @@ def test_the_stage_holds_every_picture_against_the_implicit_prompt_of_its_pair(c
   snapshot = Snapshot(_Model(), None, decoder, trainable=jnp.float32(0.1))
   stage = no_rl.build(experiment, snapshot, config.no_rl)
   frozen, index = stage.make_frozen(), next(stage.batches)
-  batch = stage.assemble(index)
+  batch = on_mesh(stage.assemble(index), mesh)
   examples, measured = jax.jit(stage.program.prepare)(
     jnp.float32(0.1), frozen, batch, jax.random.key(3)
   )

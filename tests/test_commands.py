@@ -97,7 +97,7 @@ def test_bad_config_files(text, words, tmp_path):
     (GOOD.replace('title', 'titel'), [], ['unknown key `titel`', 'did you mean `title`']),
     (GOOD, ['--config.nosuch=1'], ['unknown key `nosuch`']),
     (GOOD, ['--config.dk_dm.num_step', '9'], ['did you mean `dk_dm.num_steps`']),
-    (GOOD, ['--config.dk_dm.num_steps=many'], ["`dk_dm.num_steps` is 'many' but must be a int"]),
+    (GOOD, ['--config.dk_dm.num_steps=many'], ["`dk_dm.num_steps` is 'many' but must be an int"]),
     (GOOD, ['--config.dk_dm.mixture=2'], ['`mixture` is 2.0 but must be in [0, 1]']),
     (GOOD, ['--config.title.x=2'], ["`title` is 'T' and has no keys"]),
     (GOOD, ['--config.model.source=nosuch'], ['no model directory nosuch']),
@@ -311,3 +311,17 @@ def test_help_names_the_flags(tmp_path):
   result = run('--help', directory=tmp_path)
   assert '--config' in result.stdout and '--workdir' in result.stdout
   assert 'Traceback' not in result.stderr
+
+
+def test_what_an_error_lists_comes_a_line_each(monkeypatch, capsys):
+  from eru_jax import commands
+  from eru_jax.errors import UserError, listed
+
+  def main():
+    raise UserError('Not\nthis:', listed({'odd': ['a', 'b\nc'], 'even': ['d']})).at('file')
+
+  monkeypatch.setattr(commands.app, 'run', lambda wrapped, **_: wrapped(['x']))
+  with pytest.raises(SystemExit) as caught:
+    commands.run(main)
+  assert caught.value.code == 2
+  assert capsys.readouterr().err == "error: file: Not this:\n  odd: a\n  odd: 'b\\nc'\n  even: d\n"

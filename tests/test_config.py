@@ -10,7 +10,8 @@ import pytest
 from eru_jax.config_file import load_config
 from eru_jax.errors import UserError
 from eru_jax.models.attention import IMPLEMENTATIONS
-from eru_jax.models.flux import REMAT_POLICIES, FluxConfig
+from eru_jax.models.flux import FluxConfig
+from eru_jax.models.stack import REMAT_POLICIES
 from eru_jax.training import config as config_lib
 from eru_jax.training.config import (
   STAGE_CONFIGS,
@@ -41,9 +42,9 @@ def parse(**values):
     ({'lora': [{'pattern': 'x', 'rank': 1, 'alpha': 1.0, 'beta': 2}]}, r'unknown key `lora\[0\].b'),
     ({'lora': [{'pattern': 'x', 'rank': 1}]}, r'`lora\[0\].alpha` is missing'),
     ({'lora': {'pattern': 'x'}}, r'`lora` is .* must be a list'),
-    ({'seed': 'one'}, r"`seed` is 'one' but must be a int"),
-    ({'seed': 1.0}, r'`seed` is 1.0 but must be a int'),
-    ({'seed': True}, r'`seed` is True but must be a int'),
+    ({'seed': 'one'}, r"`seed` is 'one' but must be an int"),
+    ({'seed': 1.0}, r'`seed` is 1.0 but must be an int'),
+    ({'seed': True}, r'`seed` is True but must be an int'),
     ({'title': 3}, r'`title` is 3 but must be a str'),
     ({'model': {'scan': 1}}, r'`model.scan` is 1 but must be a bool'),
     ({'model': 3}, r'`model` is 3 but must be a mapping'),
@@ -250,11 +251,15 @@ def test_what_models_can_do_is_what_configs_may_ask_for():
 
 
 @pytest.mark.parametrize(
-  ('key', 'near'),
-  [('num_layer', 'num_layers'), ('head_dim', 'attention_head_dim'), ('xyz', '.*')],
+  ('key', 'hint'),
+  [
+    ('num_layer', r'did you mean `num_layers`\?'),
+    ('head_dim', r'did you mean `attention_head_dim`\?'),
+    ('xyz', 'known: in_channels, num_layers, .*, axes_dims_rope'),
+  ],
 )
-def test_architecture_with_an_unknown_key(key, near):
-  with pytest.raises(UserError, match=rf'unknown key `{key}`; did you mean `{near}`\?') as caught:
+def test_architecture_with_an_unknown_key(key, hint):
+  with pytest.raises(UserError, match=rf'unknown key `{key}`; {hint}') as caught:
     FluxConfig.from_dict({key: 2})
   assert '\n' not in str(caught.value)
 
@@ -405,3 +410,29 @@ def test_override_below_a_value(tmp_path):
   path.write_text(FILE)
   with pytest.raises(UserError, match=r'--config.dk_dm.num_steps.x: `dk_dm.num_steps` is 5'):
     load_config(str(path), {'dk_dm.num_steps.x': '1'})
+
+
+@pytest.mark.parametrize(
+  ('stage', 'values', 'share', 'expected'),
+  [
+    ('flow_matching', dict(batch_size=32, per_device=1), 4, 8),
+    ('flow_matching', dict(batch_size=32, per_device=2), 4, 4),
+    ('flow_matching', dict(batch_size=32, per_device=1), 64, 1),
+    ('flow_matching', dict(batch_size=32, accumulation=2), 4, 2),
+    # Eight rollouts of four states are split as 32 states.
+    ('dk_dm', dict(teacher_batch=32, rollouts=8, preservation_batch=32, per_device=1), 1, 32),
+    ('dk_dm', dict(teacher_batch=32, rollouts=8, preservation_batch=16, per_device=1), 2, 8),
+    ('dk_dm', dict(variant='paired_endpoint', rollouts=8, per_device=1), 1, 8),
+    ('no_rl', dict(prompts_per_step=8, images_per_prompt=4, per_device=1), 4, 4),
+  ],
+)
+def test_microbatches_are_settled_when_the_mesh_is_known(stage, values, share, expected):
+  config = getattr(parse(**{stage: values}, stages=(stage,)).on(share), stage)
+  assert config.accumulation == expected
+  if stage == 'no_rl':
+    assert config.rollout_batch == 4
+
+
+def test_microbatches_are_given_in_one_way():
+  with pytest.raises(UserError, match='`per_device` is 1 but must be .* zero if accumulation'):
+    parse(dk_dm={'per_device': 1, 'accumulation': 2})

@@ -17,7 +17,9 @@ import pytest
 from flax import traverse_util
 from oracle import randomise
 
+from eru_jax import sharding
 from eru_jax.errors import UserError
+from eru_jax.models import registry
 from eru_jax.models.quantize import quantize
 from eru_jax.weights import arrays, conversion, model_directory, tensor_files
 from eru_jax.weights.conversion import ConversionRequest, convert
@@ -146,6 +148,16 @@ def test_every_layout_loads(snapshot, converted, source):
   assert {x.dtype for x in flat(whole.backbone).values()} == {np.dtype(np.float32)}
 
 
+def test_paths_may_be_relative(snapshot, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  convert(ConversionRequest('flux', os.path.relpath(snapshot), 'ours'))
+  assert_same_model(
+    model_directory.load('ours', dtype=None), model_directory.load(snapshot, dtype=None)
+  )
+  convert(request('ours', 'back', 'diffusers'))
+  assert contents(tmp_path / 'back') == contents(snapshot)
+
+
 def test_our_arrays_are_those_of_the_table(snapshot, converted):
   loaded = dict(arrays.load(converted['eru'] / 'transformer' / 'arrays'))
   wanted = flat(model_directory.load(snapshot, dtype=None).backbone)
@@ -180,39 +192,56 @@ def test_a_backbone_alone_in_a_file(snapshot, converted, tmp_path):
   with pytest.raises(UserError, match='Heads of 16 channels'):
     convert(request(alone / 'flux1-dev.safetensors', tmp_path / 'eru'))
   shutil.copy(snapshot / 'transformer' / 'config.json', alone / 'transformer')
-  convert(request(alone / 'flux1-dev.safetensors', tmp_path / 'eru'))
+  lines = convert(request(alone / 'flux1-dev.safetensors', tmp_path / 'eru'))
+  assert 'has no autoencoder: to draw with' in lines[-1]
   assert not (tmp_path / 'eru' / 'vae').exists()
   convert(request(tmp_path / 'eru', tmp_path / 'out', 'diffusers'))
   for path, data in contents(snapshot / 'transformer').items():
     assert (tmp_path / 'out' / 'transformer' / path).read_bytes() == data
   with pytest.raises(UserError, match='vae/config.json is missing'):
     model_directory.load(tmp_path / 'eru')
+  # What docs/weights.md tells to do then.
+  shutil.copy(snapshot / 'model_index.json', tmp_path / 'eru')
+  shutil.copytree(snapshot / 'vae', tmp_path / 'eru' / 'vae')
+  completed = model_directory.load(tmp_path / 'eru', dtype=None)
+  assert_same_model(completed, model_directory.load(snapshot, dtype=None))
+  assert completed.settings['text_encoder'] == 'flux'
 
 
 # int8 and casts.
 
 
 def test_int8_arrays(snapshot, tmp_path):
-  convert(request(snapshot, tmp_path / 'int8', int8=True))
+  lines = convert(request(snapshot, tmp_path / 'int8', int8=True))
   ours = model_directory.load(tmp_path / 'int8')
   whole = model_directory.load(snapshot)
-  wanted = flat(quantize(whole.backbone))
+  assert lines[0].startswith(
+    f'transformer: {sum(x.size for x in flat(whole.backbone).values()):,} '
+  )
+  # As `model.params='int8'` rounds on the way, so that one stands for the other.
+  blocks = registry.family('flux').blocks
+  wanted = flat(quantize(whole.backbone, blocks))
   assert flat(ours.backbone).keys() == wanted.keys()
   for path, value in wanted.items():
     np.testing.assert_array_equal(flat(ours.backbone)[path], value, path)
-  kernels = [x for path, x in flat(ours.backbone).items() if path.endswith('/kernel')]
-  assert {kernel.dtype for kernel in kernels} == {np.dtype(np.int8)}
+  dtypes = {path: x.dtype for path, x in flat(ours.backbone).items() if path.endswith('/kernel')}
+  for path, dtype in dtypes.items():
+    assert dtype == (np.int8 if path.startswith(('transf', 'single_transf')) else np.float32), path
   assert_same_model(dataclasses.replace(ours, backbone={}), dataclasses.replace(whole, backbone={}))
   # On the way it is the same.
-  on_the_way = model_directory.load(snapshot, int8='')
+  on_the_way = model_directory.load(snapshot, int8=blocks)
+  again = model_directory.load(tmp_path / 'int8', int8=blocks)
   for path, value in wanted.items():
     np.testing.assert_array_equal(flat(on_the_way.backbone)[path], value, path)
+    np.testing.assert_array_equal(flat(again.backbone)[path], value, path)
   assert not (tmp_path / 'int8' / 'source.json').exists()
   for to in ('diffusers', 'original'):
     with pytest.raises(UserError, match='holds int8 kernels'):
       convert(request(tmp_path / 'int8', tmp_path / 'out', to))
-  with pytest.raises(UserError, match='convert from the files they were made of'):
-    model_directory.load(tmp_path / 'int8', int8='')
+  convert(request(snapshot, tmp_path / 'whole'))
+  for directory, pattern in ((tmp_path / 'whole', blocks), (tmp_path / 'int8', '')):
+    with pytest.raises(UserError, match='convert the files they were made of once more'):
+      model_directory.load(directory, int8=pattern)
 
 
 def test_a_cast(snapshot, tmp_path):
@@ -222,13 +251,28 @@ def test_a_cast(snapshot, tmp_path):
   assert {x.dtype for x in flat(ours.backbone).values()} == {np.dtype(np.float32)}
 
 
+def test_what_the_dtype_cannot_hold_is_refused(damaged):
+  path = damaged / 'diffusers' / VAE
+  tensors = read_safetensors(path)
+  tensors['encoder.conv_in.bias'][1] = 1e30
+  tensors['encoder.conv_out.bias'][0] = np.inf  # which stays what it was
+  write_safetensors(path, tensors)
+  for to in ('eru', 'original'):
+    message = error_of(damaged / 'diffusers', damaged / 'out', to, dtype='float16')
+    assert f'{path}: encoder.conv_in.bias holds 1e+30, which is too large for float16' in message
+    assert not (damaged / 'out').exists()
+  convert(request(damaged / 'diffusers', damaged / 'whole', dtype='bfloat16'))
+  message = error_of(damaged / 'whole', damaged / 'out', 'diffusers', dtype='float16')
+  assert 'vae/arrays: encoder/conv_in/bias holds' in message
+
+
 # Mistakes.
 
 
 def error_of(*args, **options):
   with pytest.raises(UserError) as caught:
     convert(request(*args, **options))
-  assert '\n' not in str(caught.value)
+  assert '\n' not in caught.value.sentence
   return str(caught.value)
 
 
@@ -298,6 +342,8 @@ def test_a_missing_shard(damaged):
     ('transformer/arrays/state/_METADATA', '{', 'transformer/arrays is damaged'),
     ('transformer/arrays/state/_METADATA', None, 'transformer/arrays'),
     ('transformer/arrays/state/manifest.ocdbt', '', 'transformer/arrays is damaged'),
+    ('transformer/arrays.json', '{', 'transformer/arrays.json cannot be read'),
+    ('transformer/arrays.json', '{}', 'have changed'),
     ('transformer/config.json', None, 'transformer/config.json is missing'),
   ],
 )
@@ -310,11 +356,40 @@ def test_damaged_directories_of_ours(damaged, name, content, words):
   assert words in message and not (damaged / 'out').exists(), message
 
 
+@pytest.mark.parametrize('places', ['host', 'devices'])
+def test_a_flipped_bit_is_noticed(damaged, places):
+  path = 'transformer_blocks/attn/to_q/kernel'
+  folder = damaged / 'eru' / 'transformer' / 'arrays'
+  data = dict(arrays.load(folder))[path].tobytes()
+  (file,) = [file for file in folder.rglob('*') if file.is_file() and data in file.read_bytes()]
+  whole = bytearray(file.read_bytes())
+  whole[whole.index(data) + len(data) // 2] ^= 4
+  file.write_bytes(whole)
+  with pytest.raises(UserError, match=f'arrays is damaged .the bytes of {path} have changed'):
+    if places == 'host':
+      convert(request(damaged / 'eru', damaged / 'out', 'diffusers'))
+    else:
+      mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+      model_directory.load(damaged / 'eru', mesh, dtype=None)
+  (folder.parent / 'arrays.json').unlink()  # as earlier versions wrote it
+  assert data != dict(arrays.load(folder))[path].tobytes()
+
+
+def test_an_unknown_key_is_named_with_its_file(damaged):
+  path = damaged / 'eru' / 'transformer' / 'config.json'
+  config = json.loads(path.read_text())
+  for key, hint in (('zzz', 'known: in_channels, num_layers'), ('num_layer', 'did you mean `num_')):
+    path.write_text(json.dumps(config | {key: 1}))
+    message = error_of(damaged / 'eru', damaged / 'out', 'diffusers')
+    assert message.startswith(f'{path}: FLUX config: unknown key `{key}`; {hint}'), message
+
+
 def test_arrays_of_another_architecture(damaged):
   path = damaged / 'eru' / 'transformer' / 'config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {'num_layers': 3}))
   message = error_of(damaged / 'eru', damaged / 'out', 'original')
-  assert 'the arrays do not fit this model (transformer_blocks/' in message
+  assert 'the arrays do not fit this model' in message
+  assert 'wrong shape: transformer_blocks/' in message
   with pytest.raises(UserError, match='the arrays do not fit'):
     model_directory.load(damaged / 'eru')
 

@@ -330,7 +330,7 @@ def test_features_are_those_of_the_states_and_of_the_model(opened, rng):
   assert {s: x.shape for s, x in features.items()} == dict.fromkeys(
     diagnosis.STREAMS, (2, 2, 3, 32)
   )
-  direct = diagnosis._forward(
+  direct = jax.jit(diagnosis._forward, static_argnums=0)(
     student.model, student.trainable, None, np.stack([states[1]] * 2), np.float32([0.3, 0.3]),
     experiment.conditioning(['ewe', 'cat']),
   )  # fmt: skip

@@ -220,3 +220,23 @@ def test_mistakes_are_user_errors():
   ):
     with pytest.raises(UserError):
       call()
+
+
+@pytest.mark.parametrize('parts', [1, 3, 4])
+def test_states_in_turn_give_the_same_velocities_and_gradients(parts):
+  from eru_jax.training.variants.dk_dm import in_turn
+
+  x, t = normal(0, 6, DIM), jnp.linspace(0.1, 0.9, 6)
+  text = Conditioning(normal(1, 6, 2, DIM), pooled=normal(2, 6, DIM))
+
+  def loss(w, turned):
+    def field(x_t, t, conditioning):
+      return jnp.tanh(x_t @ w * t[:, None] + conditioning.tokens.sum(1) * conditioning.pooled)
+
+    field = in_turn(field, parts) if turned else field
+    return jnp.sum(jnp.square(field(x, t, text)))
+
+  w = normal(3, DIM, DIM)
+  whole, turned = (jax.value_and_grad(loss)(w, each) for each in (False, True))
+  for a, b in zip(turned, whole, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -9,6 +9,9 @@ from PIL import Image
 from tiny_flux import write_snapshot
 
 from eru_jax.errors import UserError
+from eru_jax.flow import timestep_schedule
+from eru_jax.training import sampling
+from eru_jax.training.evaluation import Generated
 from eru_jax.training.sampling import SampleRequest, sample
 
 PROMPTS = ('a red apple', 'the fruit that fell on Newton')
@@ -93,16 +96,33 @@ def test_it_sets_out_from_a_picture_as_diffusers_does(flux, tmp_path, monkeypatc
   assert relative_error(ours, theirs.numpy()) <= 1e-4
 
 
-def test_guidance_reaches_the_distilled_model_alone(flux, tmp_path):
-  directory, pipeline, _ = flux
-  _, path = noise(tmp_path)
-  one, two = (
-    draw(directory, tmp_path / str(scale), path, guidance=scale)[0] for scale in (1.0, 2.0)
-  )
-  assert not np.array_equal(one, two)
-  # A model without the embedding takes it as classifier-free guidance, of which 1 is none.
-  if not pipeline.transformer.config.guidance_embeds:
-    np.testing.assert_array_equal(one, draw(directory, tmp_path / 'none', path)[0])
+def test_guidance_is_for_the_distilled_model_alone(flux, tmp_path, capsys):
+  torch = pytest.importorskip('torch')
+  directory, pipeline, options = flux
+  start, path = noise(tmp_path)
+  distilled = pipeline.transformer.config.guidance_embeds
+  # What -dev draws at 3.5 is another test's.
+  for scale in (0.0,) if distilled else (0.0, 3.5):
+    ours, _ = draw(directory, tmp_path / f'{scale}', path, guidance=scale)
+    latents = torch.from_numpy(start)
+    theirs = pipeline(
+      **options | {'guidance_scale': scale}, latents=latents, output_type='latent'
+    ).images.numpy()
+    assert relative_error(ours, theirs) <= 1e-4
+    ignored = f'--guidance={scale:g} is ignored: this model was made for no guidance scale; --cfg'
+    assert (ignored in capsys.readouterr().out) != distilled
+
+
+def test_classifier_free_guidance_is_that_of_diffusers(flux, tmp_path):
+  torch = pytest.importorskip('torch')
+  directory, pipeline, options = flux
+  start, path = noise(tmp_path)
+  ours, _ = draw(directory, tmp_path / 'out', path, cfg_scale=2.0)
+  theirs = pipeline(
+    **options, negative_prompt=['', ''], true_cfg_scale=2.0, latents=torch.from_numpy(start),
+    output_type='latent',
+  ).images.numpy()  # fmt: skip
+  assert relative_error(ours, theirs) <= 1e-4
 
 
 def test_adapters_draw_what_they_draw_in_diffusers(flux, tmp_path):
@@ -155,15 +175,47 @@ def write_adapter(directory, path, seed):
     ({'image': 'nosuch.png'}, '--image: there is no picture nosuch.png'),
     ({'image': 'broken.png'}, 'not a readable picture'),
     ({'image': 'start.png', 'strength': 0.0}, 'leaves none of 2 steps'),
+    ({'strength': 0.5}, '--strength is given without --image'),
+    ({'lora_scale': (0.5,)}, '--lora_scale is given without --lora'),
+    ({'lora': ('a',), 'lora_scale': (float('nan'),)}, '--lora_scale=nan: give a finite number'),
+    ({'lora': ('a',), 'lora_scale': (float('inf'),)}, '--lora_scale=inf'),
+    ({'guidance': float('inf')}, '--guidance=inf'),
+    ({'guidance': float('nan')}, '--guidance=nan'),
+    ({'cfg_scale': float('inf')}, '--cfg_scale=inf'),
+    ({'latents': 'nan.npy'}, '--latents=nan.npy holds numbers that are not finite'),
   ],
 )
 def test_what_cannot_be_drawn_is_refused(flux, tmp_path, monkeypatch, options, message):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'broken.png').write_bytes(b'no picture')
   Image.new('RGB', (WIDTH, HEIGHT)).save(tmp_path / 'start.png')
+  np.save(tmp_path / 'nan.npy', np.full((2, 15, 16), np.nan, np.float32))
   request = {'prompts': PROMPTS, 'height': HEIGHT, 'width': WIDTH, 'steps': 2} | options
   with pytest.raises(UserError, match=message):
     sample(SampleRequest(str(flux[0]), str(tmp_path / 'out'), **request))
+
+
+def test_pictures_that_are_not_finite_are_refused(flux, tmp_path, monkeypatch):
+  def diverge(experiment, snapshot, judge, prompts, noise, schedule):
+    pictures = np.zeros((len(prompts), HEIGHT, WIDTH, 3), np.uint8)
+    return Generated(pictures, np.zeros(len(prompts), np.int32), np.full_like(noise, np.inf))
+
+  monkeypatch.setattr(sampling, 'draw', diverge)
+  with pytest.raises(UserError, match='The pictures are not finite: lower --guidance'):
+    draw(flux[0], tmp_path / 'out', noise(tmp_path)[1])
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_strength_that_forgets_the_picture_is_told(monkeypatch):
+  told = []
+  monkeypatch.setattr(sampling.logging, 'warning', lambda text, *args: told.append(text % args))
+  latents, start = np.zeros((3, 4), np.float32), np.ones((1, 3, 4), np.float32)
+  for steps, strength in ((2, 0.6), (2, 0.5), (4, 0.6), (2, 1.0)):
+    sampling.start_from_image(latents, start, timestep_schedule(steps), strength)
+  assert told == [
+    '--strength=0.6 of 2 steps is all of them, which forgets the picture: lower it, or take more '
+    '--steps.'
+  ]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +225,19 @@ def test_what_cannot_be_drawn_is_refused(flux, tmp_path, monkeypatch, options, m
     ('scheduler/scheduler_config.json', {'_class_name': 'DDIMScheduler'}, 'DDIMScheduler'),
     ('scheduler/scheduler_config.json', {'base_shift': 0.3}, 'base_shift.* differs'),
     ('scheduler/scheduler_config.json', {'shift': 0, 'use_dynamic_shifting': False}, 'shift is 0'),
+    *[
+      ('scheduler/scheduler_config.json', {key: value}, f'{key}.* not built in')
+      for key, value in {
+        'num_train_timesteps': 500,
+        'use_beta_sigmas': True,
+        'use_karras_sigmas': True,
+        'use_exponential_sigmas': True,
+        'shift_terminal': 0.02,
+        'time_shift_type': 'linear',
+        'invert_sigmas': True,
+        'stochastic_sampling': True,
+      }.items()
+    ],
   ],
 )
 def test_a_snapshot_of_something_else_is_refused(flux, tmp_path, file, values, message):

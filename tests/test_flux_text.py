@@ -1,6 +1,7 @@
 """FLUX.1's text encoders against diffusers' FluxPipeline, from prompts to Conditioning."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -16,10 +17,15 @@ import pytest
 import tiny_flux
 from oracle import relative_error
 
+from eru_jax import sharding
 from eru_jax.data import embeddings, flux_text
+from eru_jax.data.digests import file_digest
 from eru_jax.data.flux_text import load_flux_text
 from eru_jax.errors import UserError
+from eru_jax.training.config import ModelConfig
+from eru_jax.training.experiment import open_text
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
+from eru_jax.weights.tiny_models import write_tiny_flux
 
 TOLERANCE = 1e-5
 # bfloat16 keeps 8 bits, and both round at other places.
@@ -56,6 +62,20 @@ def pipeline(pipeline_and_directory):
 @pytest.fixture(scope='module')
 def directory(pipeline_and_directory):
   return pipeline_and_directory[1]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def tokenizers_once(directory):
+  """Tokenisers of the snapshot that no test changes are read once; their vocabularies are large."""
+  load = flux_text._load_tokenizer
+  cached = functools.cache(load)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      flux_text,
+      '_load_tokenizer',
+      lambda folder, *rest: (cached if folder.parent == directory else load)(folder, *rest),
+    )
+    yield
 
 
 @pytest.fixture
@@ -147,7 +167,7 @@ def test_bfloat16_is_kept_and_near(directory, tmp_path):
 
 def test_an_embedding_does_not_depend_on_its_batch(directory):
   encoder = load_flux_text(directory, max_length=LENGTH)
-  prompts = [f'{n} red apples' for n in range(flux_text._CLIP_BATCH + 2)]  # the last one padded
+  prompts = [f'{n} red apples' for n in range(flux_text.CLIP_BATCH + 2)]  # the last one padded
   many = encoder.encode(prompts)
   assert len(set(map(bytes, many.pooled))) == len(prompts)
   for index in (0, len(prompts) - 1):
@@ -159,10 +179,11 @@ def test_an_embedding_does_not_depend_on_its_batch(directory):
 def test_one_program_serves_every_number_of_prompts(directory):
   encoder = load_flux_text(directory, max_length=LENGTH)
   encoder.encode(['a'])
-  before = flux_text._apply._cache_size()
+  apply = sharding.compiled_whole(flux_text.encode, encoder.t5.mesh, (0,))
+  before = apply._cache_size()
   encoder.encode(['b', 'c', 'd', 'e', 'f'])
   encoder.null_conditioning()
-  assert flux_text._apply._cache_size() == before
+  assert apply._cache_size() == before > 0
 
 
 class _Spy:
@@ -258,7 +279,7 @@ def test_the_hubs_links_name_their_content(directory, copy):
   wanted = load_flux_text(directory).fingerprint
   for folder in ('text_encoder', 'text_encoder_2'):
     path = copy / folder / 'model.safetensors'
-    blob = copy / flux_text._file_digest(path)
+    blob = copy / file_digest(path)
     path.rename(blob)
     path.symlink_to(blob)
   assert load_flux_text(copy).fingerprint == wanted
@@ -341,9 +362,12 @@ def test_a_damaged_snapshot_is_refused_when_opened(copy, change, message):
     (_text('text_encoder/model.safetensors', 'x'), 'text_encoder/model.safetensors is not a whole'),
     (
       _config('text_encoder_2', d_ff=8),
-      'text_encoder_2/model.safetensors: The weights do not fit this model .*wrong shape',
+      '(?s)text_encoder_2/model.safetensors: The weights do not fit this model.*wrong shape',
     ),
-    (_config('text_encoder', num_hidden_layers=1), 'text_encoder/model.safetensors: .*unexpected'),
+    (
+      _config('text_encoder', num_hidden_layers=1),
+      'text_encoder/model.safetensors: .*\n  unexpected',
+    ),
   ],
 )
 def test_damaged_weights_are_refused_when_read(copy, change, message):
@@ -357,6 +381,19 @@ def test_damaged_weights_are_refused_when_read(copy, change, message):
 def test_impossible_lengths_are_refused(directory, length):
   with pytest.raises(UserError, match='max_length is'):
     load_flux_text(directory, max_length=length)
+
+
+def test_encoders_of_another_model_are_refused_before_they_are_read(tmp_path, monkeypatch):
+  path = tmp_path / 'flux'
+  write_tiny_flux(path)
+  _config('transformer', joint_attention_dim=48)(path)
+  monkeypatch.setattr(flux_text._Half, 'parameters', None)
+  settings = ModelConfig(source=str(path), text_encoder='flux', text_length=LENGTH)
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  with pytest.raises(
+    UserError, match='flux: the backbone takes token states of 48 .* makes 32 and 24'
+  ):
+    open_text(settings, ['a'], mesh)
 
 
 def test_other_dtypes_are_refused(directory):

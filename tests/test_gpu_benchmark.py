@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from flax import traverse_util
 
-from eru_jax.models import flux, lora
+from eru_jax.models import flux, lora, stack
 from eru_jax.types import Conditioning
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def test_rows_are_processes_of_their_own(loaded):
   names = [row.name for row in rows.ROWS]
   assert len(set(names)) == len(names)
   policies = {option for row in rows.ROWS if row.side == 'ours' for option in row.options}
-  assert policies == {'unrolled', *flux.REMAT_POLICIES}
+  assert policies == {'unrolled', *stack.REMAT_POLICIES}
   for task in ('sample', 'lora', 'full'):
     for pixels in (512, 1024):
       pair = [row for row in rows.ROWS if (row.task, row.pixels) == (task, pixels)]

@@ -1,5 +1,6 @@
 """The launch scripts install once for each state of their lists, and with a Python that fits."""
 
+import configparser
 import os
 import pathlib
 import shutil
@@ -8,9 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parent.parent
 LISTS = ('setup.cfg', 'pyproject.toml', 'requirements.txt')
+OUR_LISTS = ('constraints', 'requirements-emoji', 'requirements-test')
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_a_second_start_asks_nothing_of_the_network(clone):
   asked, _ = install(clone)
   assert len(asked) == 3 and any('requirements-emoji.txt' in line for line in asked)
   assert install(clone)[0] == []
-  for name in (*LISTS, 'launch/requirements-emoji.txt', 'launch/requirements-test.txt'):
+  for name in (*LISTS, *(f'launch/{name}.txt' for name in OUR_LISTS)):
     with open(clone / name, 'a') as file:
       file.write('# another list\n')
     assert len(install(clone)[0]) == 3, name
@@ -78,3 +81,22 @@ def test_an_environment_of_an_old_python_is_refused(clone):
   assert result.returncode == 2 and asked == []
   (line,) = result.stderr.splitlines()
   assert '.venv/bin/python is Python 3.9.1; remove .venv, or' in line
+
+
+def test_machines_of_one_run_have_versions_that_are_allowed():
+  lines = (ROOT / 'launch' / 'constraints.txt').read_text().splitlines()
+  pins = {}
+  for line in lines:
+    if not line.startswith('#'):
+      name, version = line.split('==')
+      pins[name.lower().replace('-', '_')] = version
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / 'setup.cfg')
+  extras = setup['options.extras_require']
+  wanted = setup['options']['install_requires'] + extras['tpu'] + extras['plan']
+  found = [Requirement(line) for line in wanted.splitlines() if line and not line.startswith('#')]
+  assert len(found) > 20
+  for requirement in found:
+    version = pins[requirement.name.lower().replace('-', '_')]
+    assert requirement.specifier.contains(version), requirement
+  assert {'libtpu', 'gcsfs', 'jaxlib'} < set(pins)

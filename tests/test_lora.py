@@ -283,7 +283,7 @@ def test_strength_gates_each_example():
 def test_adapters_inherit_the_logical_axes():
   boxed = jax.eval_shape(lambda params: lora.init(jax.random.key(0), params, RULES), _boxed())
   names = {path: box.names for path, box in _flat(boxed).items()}
-  assert names['transformer_blocks/attn/to_q/a'] == ('layers', 'embed', 'lora_rank')
-  assert names['transformer_blocks/attn/to_q/b'] == ('layers', 'lora_rank', 'heads')
+  assert names['transformer_blocks/attn/to_q/a'] == ('layers', 'lora_channels', 'lora_rank')
+  assert names['transformer_blocks/attn/to_q/b'] == ('layers', 'lora_rank', 'lora_channels')
   assert names['x_embedder/a'] == (None, 'lora_rank')
-  assert names['x_embedder/b'] == ('lora_rank', 'embed')
+  assert names['x_embedder/b'] == ('lora_rank', 'lora_channels')

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import shutil
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -13,8 +14,9 @@ from flax import traverse_util
 
 from eru_jax import files
 from eru_jax.errors import UserError
+from eru_jax.models import registry
 from eru_jax.training.config import ModelConfig, model_path
-from eru_jax.weights import model_directory
+from eru_jax.weights import layouts, model_directory, tensor_files, writing
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
@@ -59,8 +61,23 @@ def test_round_trip(stored, dtype, tmp_path):
     assert path.read_bytes() == (tmp_path / 'again' / path.relative_to(tmp_path / 'm')).read_bytes()
 
 
-def test_bfloat16_is_the_default_and_costs_less_than_a_percent(stored, tmp_path):
-  model_directory.save(tmp_path / 'm', stored)
+@pytest.mark.parametrize('on_devices', [False, True])
+def test_parameters_keep_their_dtype(stored, on_devices, tmp_path):
+  half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), stored.autoencoder)
+  mixed = dataclasses.replace(stored, autoencoder=half)
+  if on_devices:
+    mixed = dataclasses.replace(mixed, **jax.device_put({k: getattr(mixed, k) for k in PARTS}))
+  model_directory.save(tmp_path / 'm', mixed)
+  loaded = model_directory.load(tmp_path / 'm', dtype=None)
+  for name in PARTS:
+    before, after = flat(getattr(mixed, name)), flat(getattr(loaded, name))
+    for path, value in before.items():
+      assert after[path].dtype == value.dtype
+      np.testing.assert_array_equal(after[path], value, path)
+
+
+def test_bfloat16_costs_less_than_a_percent(stored, tmp_path):
+  model_directory.save(tmp_path / 'm', stored, ml_dtypes.bfloat16)
   raw = read_safetensors(tmp_path / 'm' / 'transformer' / WEIGHTS)
   assert {value.dtype for value in raw.values()} == {np.dtype(ml_dtypes.bfloat16)}
   loaded = model_directory.load(tmp_path / 'm')
@@ -87,6 +104,50 @@ def test_the_names_on_disk_are_those_of_diffusers(stored, tmp_path):
     np.testing.assert_array_equal(theirs[name].numpy(), value, name)
 
 
+def test_large_models_are_written_in_shards_that_replace_what_was_there(
+  stored, tmp_path, monkeypatch
+):
+  diffusers = pytest.importorskip('diffusers')
+  whole, folder = tmp_path / 'whole', tmp_path / 'm' / 'transformer'
+  model_directory.save(whole, stored, np.float32)
+  model_directory.save(tmp_path / 'm', stored, np.float32)
+  size = (folder / WEIGHTS).stat().st_size
+  monkeypatch.setattr(writing.new_files, '__defaults__', (size // 3,))
+  model_directory.save(tmp_path / 'm', stored, np.float32)
+  shards = {f'diffusion_pytorch_model-{i}-of-00004.safetensors' for i in ('00001', '00002')}
+  names = {path.name for path in folder.iterdir()}
+  assert shards < names and f'{WEIGHTS}.index.json' in names and WEIGHTS not in names
+  loaded = model_directory.load(tmp_path / 'm')
+  jax.tree.map(np.testing.assert_array_equal, loaded.backbone, stored.backbone)
+  theirs = diffusers.FluxTransformer2DModel.from_pretrained(folder).state_dict()
+  for name, value in read_safetensors(whole / 'transformer' / WEIGHTS).items():
+    np.testing.assert_array_equal(theirs[name].numpy(), value, name)
+  monkeypatch.undo()
+  model_directory.save(tmp_path / 'm', stored, np.float32)
+  assert {path.name for path in folder.iterdir()} == {WEIGHTS, 'config.json'}
+  for path in whole.rglob('*.*'):
+    assert path.read_bytes() == (tmp_path / 'm' / path.relative_to(whole)).read_bytes()
+
+
+def test_nothing_is_held_twice_while_it_is_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(tensor_files, 'CHUNK', 1 << 16)
+  family = registry.family('flux')
+  sizes = dict(num_attention_heads=8, num_layers=3, num_single_layers=3)
+  part = layouts.backbone(family)
+  architecture = family.config.from_dict(family.tiny | sizes)
+  params = jax.tree.map(lambda s: np.ones(s.shape, np.float32), part.shapes(architecture))
+  held = writing.Held(part, architecture, params, ml_dtypes.bfloat16)
+  files = writing.new_files([held], 'diffusers')
+  tracemalloc.start()
+  try:
+    writing.write(tmp_path, 'diffusers', [held], files)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  (file,) = files.headers
+  assert peak < 1e6 < (tmp_path / file).stat().st_size / 2
+
+
 def test_the_base_in_the_package():
   model = model_directory.load(model_path(ModelConfig().source))
   for name in PARTS:
@@ -111,7 +172,7 @@ def directory(tiny_model_dir, tmp_path):
 def error_of(directory):
   with pytest.raises(UserError) as caught:
     model_directory.load(directory)
-  assert '\n' not in str(caught.value)
+  assert '\n' not in caught.value.sentence
   return str(caught.value)
 
 

@@ -95,6 +95,17 @@ def test_the_same_prompt_twice_in_one_split_is_allowed(write):
   assert len(pairs.read_prompt_file(write(_APPLE, {**_APPLE, 'explicit': 'apple'}))) == 2
 
 
+def test_a_prompt_with_two_anchors_is_warned_of_once(write, monkeypatch):
+  told = []
+  monkeypatch.setattr(pairs.logging, 'warning', lambda text, *args: told.append(text % args))
+  other = {'implicit': 'What a  caterpillar becomes', 'explicit': 'a moth'}
+  pairs.read_prompt_file(write(_BUTTERFLY, {**_BUTTERFLY, 'explicit': 'A butterfly'}))
+  assert not told
+  assert len(pairs.read_prompt_file(write(_BUTTERFLY, other, other))) == 3
+  assert len(told) == 1 and '2 lines give' in told[0], told
+  assert "line 2: 'What a  caterpillar becomes' is 'butterfly' and 'a moth'." in told[0]
+
+
 def test_written_files_read_back_equal(tmp_path):
   path = tmp_path / 'out.jsonl'
   written = [

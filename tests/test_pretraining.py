@@ -142,7 +142,6 @@ def test_a_run_from_scratch_makes_a_model(tiny_config, tiny_model_dir, tmp_path)
     ]
   )
   scaled = scale_latents(latents, stored.autoencoder_config)
-  # What is stored is rounded to bfloat16, which moves latents by a per cent or so.
   assert abs(np.mean(scaled)) < 0.05
   np.testing.assert_allclose(np.std(scaled), 1, rtol=0.05)
   assert abs(stored.autoencoder_config.scaling_factor - autoencoder['scaling_factor']) > 0.01

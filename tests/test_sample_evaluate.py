@@ -13,7 +13,7 @@ from PIL import Image
 from test_commands import refusal
 
 from eru_jax.errors import UserError
-from eru_jax.training import evaluation, experiment, gallery, scoring
+from eru_jax.training import evaluation, experiment, gallery, sampling, scoring
 from eru_jax.training.sampling import SampleRequest, sample
 from eru_jax.training.scoring import score_prompt_file
 
@@ -88,7 +88,7 @@ def test_every_stage_of_a_run(drawn, tiny_run, tiny_model_dir, tmp_path):
   }
   assert records(tmp_path / 'base')[0]['stage'] == 'base'
   # The base of the run is the model it started from; the run's config gave steps and guidance.
-  model = pictures(draw(tiny_model_dir, tmp_path / 'model', *prompts, steps=2, guidance=2.0))
+  model = pictures(draw(tiny_model_dir, tmp_path / 'model', *prompts, steps=2, cfg_scale=2.0))
   np.testing.assert_array_equal(images['base'], model)
   for before, after in (('base', 'dk_dm'), ('dk_dm', 'no_rl')):
     assert (np.array(images[before]) != np.array(images[after])).any()
@@ -99,13 +99,25 @@ def test_every_stage_of_a_run(drawn, tiny_run, tiny_model_dir, tmp_path):
 
 def test_steps_guidance_and_size(tiny_model_dir, tmp_path):
   out = draw(
-    tiny_model_dir, tmp_path / 'small', 'red apple', steps=1, guidance=2.0, height=32, width=48
+    tiny_model_dir, tmp_path / 'small', 'red apple', steps=1, cfg_scale=2.0, height=32, width=48
   )
   assert pictures(out)[0].shape == (32, 48, 3)
   # The judge knows pictures of 64 x 64 only, and does not guess at others.
   assert 'judge_sees' not in records(out)[0]
   with pytest.raises(UserError, match='Pictures of 40 x 64 pixels: this model needs multiples of'):
     draw(tiny_model_dir, tmp_path / 'odd', 'red apple', steps=1, height=40)
+
+
+def test_guidance_is_classifier_free_where_the_model_is_sampled_so(tiny_run):
+  config, _ = sampling.read_config(str(tiny_run))
+
+  def sampler(**flags):
+    return sampling._sampler(SampleRequest('run', 'out', **flags), config.sampling, False)
+
+  assert sampler().cfg_scale == 2.0
+  assert sampler(guidance=3.0).cfg_scale == sampler(cfg_scale=3.0).cfg_scale == 3.0
+  with pytest.raises(UserError, match='--guidance and --cfg_scale are the same scale'):
+    sampler(guidance=3.0, cfg_scale=1.0)
 
 
 def test_start_noise_of_ones_own(tiny_model_dir, tmp_path):
@@ -202,12 +214,10 @@ def _small_world():
     ({'prompts': ('a cat',), 'model': 'damaged'}, 'damaged/config.json cannot be read'),
     ({'prompts': ('a cat',), 'model': 'list'}, 'must be a mapping'),
     ({'prompts': ('a cat',), 'steps': 0}, '`num_steps` is 0 but must be at least 1'),
-    ({'prompts': ('a cat',), 'guidance': float('nan')}, '`guidance` is nan'),
+    ({'prompts': ('a cat',), 'guidance': float('nan')}, '--guidance=nan: give a finite number'),
   ],
 )
 def test_mistakes_that_are_found_before_anything_is_loaded(options, words, tmp_path, monkeypatch):
-  from eru_jax.training import sampling
-
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'latin.txt').write_bytes('café'.encode('latin-1'))
   (tmp_path / 'blank.txt').write_text('\n  \n')

@@ -3,10 +3,9 @@
 The devices need a process of their own: this file, run as a script, is that process.
 """
 
-import os
+import dataclasses
 import pathlib
 import pickle
-import subprocess
 import sys
 from unittest import mock
 
@@ -18,6 +17,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from oracle import relative_error
+from virtual_devices import MESHES, mesh_named, one_iteration, run_shares
 
 from eru_jax import sharding
 from eru_jax.errors import UserError
@@ -26,13 +26,6 @@ from eru_jax.sharding import MeshConfig
 from eru_jax.types import Conditioning
 
 TOLERANCE = {'adamw': 1e-5, 'muon': 1e-4}
-MESHES = {
-  'data': MeshConfig(data=8),
-  'fsdp': MeshConfig(data=1, fsdp=-1),
-  'all': MeshConfig(data=2, fsdp=2, tensor=2),
-  'data and tensor': MeshConfig(data=4, tensor=2),
-  'sequence': MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
-}
 RUNS = [(name, 'adamw') for name in MESHES] + [('all', 'muon')]
 BATCH, TEXT = 8, 5
 
@@ -57,28 +50,7 @@ def _random(shapes, seed):
   )
 
 
-class _Memory:
-  """Stands in for checkpoints, metrics and batches: keeps what the loop hands over."""
-
-  def restore(self, like):
-    del like
-
-  def save(self, step, state, position):
-    del step, position
-    self.state = state
-
-  def truncate_after(self, *unused):
-    pass
-
-  def write(self, stage, step, values):
-    del stage, step
-    self.values = values
-
-  def flush(self):
-    pass
-
-  close = flush
-
+class _Batches:
   def __next__(self):
     return np.arange(BATCH, dtype=np.int32)
 
@@ -99,11 +71,12 @@ def _data(model, count):
 def _train(mesh, algorithm):
   """What one step of `run_stage` does on a mesh, everything on the host."""
   from eru_jax.losses.flow_matching import flow_matching
-  from eru_jax.training import loop, step
   from eru_jax.training.config import FlowMatchingStageConfig
+  from eru_jax.training.loop import Stage
   from eru_jax.training.state import OptimizerConfig
+  from eru_jax.training.step import StageProgram
 
-  model, memory = _model(), _Memory()
+  model = _model()
   boxed = _boxed(model)
   layout = sharding.logical_shardings(boxed, mesh)
 
@@ -114,45 +87,16 @@ def _train(mesh, algorithm):
     noise, t = jax.random.normal(keys[0], x_0.shape), jax.random.uniform(keys[1], (BATCH,))
     return flow_matching(model.velocity(None, params), x_0, noise, t, text)
 
-  def compile_stage(*arguments):
-    iterate = step.compile_stage(*arguments)
-
-    def counted(*inputs):
-      compiled = iterate.lower(*inputs).compile()
-      memory.flops = compiled.cost_analysis()['flops']
-      return compiled(*inputs)
-
-    return counted
-
-  stage = loop.Stage(
-    program=step.StageProgram(loss),
+  stage = Stage(
+    program=StageProgram(loss),
     trainable=jax.device_put(_random(nn.unbox(boxed), 0), layout),
     make_frozen=lambda: jax.device_put(_data(model, 20), sharding.replicated(mesh)),
-    batches=memory,
+    batches=_Batches(),
     assemble=lambda index: index,
   )
   optimizer = OptimizerConfig(algorithm=algorithm, learning_rate=1e-3, clip_norm=1e3)
   settings = FlowMatchingStageConfig(num_steps=1, batch_size=BATCH, optimizer=optimizer)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'StageCheckpoints', lambda directory: memory)
-    patch.setattr(loop, 'compile_stage', compile_stage)
-    key = jax.random.key(3)
-    with sharding.use_mesh(mesh):
-      loop.run_stage('tiny', stage, settings, key, mesh, pathlib.Path(), memory, ('tiny',))
-  state = memory.state
-  trees = {'params': state.params, 'ema': state.ema, 'optimizer': state.opt_state}
-  flat = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): x
-    for path, x in jax.tree_util.tree_leaves_with_path(trees)
-  }
-  return {
-    'loss': memory.values['loss'],
-    'grad_norm': memory.values['grad_norm'],
-    'flops': memory.flops,
-    'arrays': {name: np.asarray(x) for name, x in flat.items()},
-    'specs': {name: x.sharding.spec for name, x in flat.items()},
-    'shares': {name: x.addressable_shards[0].data.size / x.size for name, x in flat.items()},
-  }
+  return one_iteration(stage, settings, jax.random.key(3), mesh)
 
 
 def _uneven(mesh):
@@ -168,33 +112,17 @@ def _uneven(mesh):
 
 def main(path, share):
   """Does every second of the runs, and leaves what it found in a file."""
-  one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  meshes = {name: sharding.make_mesh(config) for name, config in MESHES.items()} | {'one': one}
   runs = [('one', algorithm) for algorithm in TOLERANCE] + RUNS
-  found = {(name, how): _train(meshes[name], how) for name, how in runs[int(share) :: 2]}
+  found = {(name, how): _train(mesh_named(name), how) for name, how in runs[int(share) :: 2]}
   if share == '0':
-    found['uneven'] = _uneven(meshes['data']), _uneven(one)
+    found['uneven'] = _uneven(mesh_named('data')), _uneven(mesh_named('one'))
   pathlib.Path(path).write_bytes(pickle.dumps(found))
 
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
   """What two processes of eight devices each found."""
-  directory = tmp_path_factory.mktemp('sharding')
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-    # Compiles in half the time, and computes the same.
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
-  }
-  processes = [
-    subprocess.Popen([sys.executable, __file__, str(directory / share), share], env=environment)
-    for share in '01'
-  ]
-  assert [process.wait() for process in processes] == [0, 0]
-  first, second = (pickle.loads((directory / share).read_bytes()) for share in '01')
-  return first | second
+  return run_shares(__file__, tmp_path_factory.mktemp('sharding'), '01')
 
 
 @pytest.mark.parametrize(('name', 'algorithm'), RUNS)
@@ -202,7 +130,7 @@ def test_one_step_equals_one_device(found, name, algorithm):
   one, many = found['one', algorithm], found[name, algorithm]
   tolerance = TOLERANCE[algorithm]
   for value in ('loss', 'grad_norm'):
-    assert many[value] == pytest.approx(one[value], rel=tolerance)
+    assert many['values'][value] == pytest.approx(one['values'][value], rel=tolerance)
   assert many['arrays'].keys() == one['arrays'].keys()
   # Optimisers' first moments are the gradients, scaled.
   errors = {k: relative_error(many['arrays'][k], x) for k, x in one['arrays'].items()}
@@ -237,7 +165,7 @@ def test_parameters_averages_and_moments_lie_as_the_rules_say(found, name, algor
 @pytest.mark.parametrize('name', MESHES)
 def test_devices_share_the_work(found, name):
   """They would not if linen skipped the constraints: the batch comes out of replicated tables."""
-  one, many = found['one', 'adamw']['flops'], found[name, 'adamw']['flops']
+  one, many = (sum(found[mesh, 'adamw']['flops']) for mesh in ('one', name))
   assert many < one / 4, one / many
 
 
@@ -262,6 +190,45 @@ def test_a_batch_the_devices_cannot_share_evenly(found):
 def test_a_mesh_that_does_not_fit_the_devices_is_a_user_error(config):
   with pytest.raises(UserError, match=r"mesh \{'data'.* does not fit 8 devices"):
     sharding.make_mesh(config, [None] * 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+  """What the arrangement of a mesh asks of a device."""
+
+  id: int
+  slice_index: int
+  platform: str = 'cpu'
+  device_kind: str = 'cpu'
+  process_index: int = 0
+
+
+@pytest.mark.parametrize(
+  ('config', 'shape'),
+  [
+    (MeshConfig(), (8, 1, 1, 1)),
+    (MeshConfig(data=1, fsdp=-1), (2, 4, 1, 1)),
+    (MeshConfig(data=1, fsdp=2, tensor=2), (2, 2, 2, 1)),
+    (MeshConfig(data=1, fsdp=-1, dcn_data=1, dcn_fsdp=-1), (1, 8, 1, 1)),
+  ],
+)
+def test_slices_are_joined_along_data_unless_told_otherwise(config, shape):
+  devices = [_Device(i, i % 2) for i in range(8)]
+  with mock.patch.object(sharding, 'Mesh') as made:
+    sharding.make_mesh(config, devices)
+  arranged = made.call_args.args[0]
+  assert arranged.shape == shape
+  # A slice is a half of the first axis that is longer than one: the fast network has the rest.
+  halves = arranged.reshape(2, 4)
+  assert [{d.slice_index for d in half} for half in halves] == [{0}, {1}]
+
+
+def test_a_mesh_that_does_not_fit_the_slices_is_a_user_error():
+  devices = [_Device(i, i % 2) for i in range(8)]
+  with pytest.raises(UserError, match='does not fit 4 devices of each of 2 slices'):
+    sharding.make_mesh(MeshConfig(data=8), devices)
+  with pytest.raises(UserError, match=r"\{'dcn_data': 3, .* does not fit 2 slices"):
+    sharding.make_mesh(MeshConfig(dcn_data=3), devices)
 
 
 def _abstract(**sizes):
@@ -312,7 +279,8 @@ def test_training_enters_both(monkeypatch, tmp_path):
   monkeypatch.setattr(run, 'judge_of', mock.MagicMock())
   monkeypatch.setattr(run, 'enable_compilation_cache', lambda: None)
   monkeypatch.setattr(run, 'run_stage', run_stage)
-  values = {'stages': ('autoencoder',), 'model': {'source': 'scratch'}}
+  model = {'source': 'scratch', 'autoencoder': {'latent_channels': 16}}
+  values = {'stages': ('autoencoder',), 'model': model}
   with pytest.raises(KeyboardInterrupt):
     run.train(values, str(tmp_path / 'run'))
 

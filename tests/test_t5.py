@@ -13,6 +13,7 @@ from oracle import gradients, randomise, relative_error, tensors
 from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.models.t5 import T5Config, T5Encoder, relative_position_buckets
+from eru_jax.weights import streaming
 from eru_jax.weights import t5 as table
 from eru_jax.weights.safetensors_io import write_safetensors
 from eru_jax.weights.table import to_flax, to_torch
@@ -192,7 +193,7 @@ def test_files_load_and_their_tensors_come_back(tmp_path, names, feed_forward):
   if names == 'tied':
     del stored['shared.weight']
   write_safetensors(tmp_path / 'model.safetensors', stored)
-  loaded = table.load(tmp_path / 'model.safetensors', config)
+  loaded = streaming.load(table.stored(tmp_path / 'model.safetensors', config))
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
   back = to_torch(loaded, table.rows(config), table.counts(config))
   assert set(back) == set(state)
@@ -204,8 +205,14 @@ def test_a_file_of_another_architecture_is_refused(tmp_path):
   _, oracle, config, _ = _pair()
   write_safetensors(tmp_path / 'model.safetensors', tensors(oracle))
   other = dataclasses.replace(config, feed_forward_proj='relu', d_kv=4)
-  with pytest.raises(UserError, match=r'DenseReluDense.wi.weight.*wi_0.weight.*wrong shape'):
-    table.load(tmp_path / 'model.safetensors', other)
+  with pytest.raises(UserError, match='do not fit this model') as caught:
+    table.stored(tmp_path / 'model.safetensors', other).check()
+  for kind, name in (
+    ('missing', '.wi.weight'),
+    ('unexpected', '.wi_0.weight'),
+    ('wrong shape', ''),
+  ):
+    assert any(x.startswith(kind) and name in x for x in caught.value.details), kind
 
 
 def test_config_json_is_read_with_transformers_defaults():

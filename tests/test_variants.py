@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from eru_jax import flow
 from eru_jax.errors import UserError
 from eru_jax.training.stage_config import DkDmStageConfig, NoRlStageConfig
+from eru_jax.training.stages.dk_dm import split_tokens
 from eru_jax.training.state import OptimizerConfig, two_time_scales
 from eru_jax.training.variants import dk_dm, no_rl
 from eru_jax.types import Conditioning
@@ -305,3 +307,12 @@ def test_options_reach_the_losses():
 def test_bad_options_are_one_clear_sentence(make, message):
   with pytest.raises(UserError, match=message):
     make()
+
+
+def test_pictures_are_split_over_all_devices():
+  sizes = (2, 2, 2, 1)
+  mesh = AbstractMesh(sizes, ('data', 'fsdp', 'tensor', 'sequence'), (AxisType.Auto,) * 4)
+  pictures = (37, 2, 16, 4)
+  assert split_tokens(mesh, pictures).shard_shape(pictures) == (37, 2, 2, 4)
+  # Eight devices do not divide twelve tokens.
+  assert split_tokens(mesh, (37, 2, 12, 4)).shard_shape((37, 2, 12, 4)) == (37, 2, 12, 4)

@@ -224,9 +224,10 @@ def test_time_per_step_is_that_of_all_steps_since_the_last_line(tmp_path, monkey
   batches = mock.MagicMock()
   stage = loop.Stage(None, jnp.zeros(1), dict, batches, lambda batch: batch)
   monkeypatch.setattr(loop, 'time', types.SimpleNamespace(monotonic=lambda: clock.now))
-  monkeypatch.setattr(loop, '_initialiser', lambda *unused: (None, None, jnp.zeros(1)))
+  monkeypatch.setattr(loop, 'initialiser', lambda *unused: (None, None, jnp.zeros(1)))
   monkeypatch.setattr(loop, 'StageCheckpoints', lambda *unused: checkpoints)
   monkeypatch.setattr(loop, 'compile_stage', lambda *unused: iterate)
+  monkeypatch.setattr(loop, 'on_mesh', lambda batch, mesh: batch)
   config = StageConfig(num_steps=11, log_every=5)
   loop.run_stage('s', stage, config, jax.random.key(0), None, tmp_path, writer, ('s',))
   assert written == {1: 2.0, 5: 2.0, 10: 2.0, 11: 2.0}

@@ -22,7 +22,7 @@ from absl import logging
 
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
-from eru_jax.files import replace_file
+from eru_jax.files import replace_file, temporary_name
 from eru_jax.types import Conditioning
 
 # Of FLUX.1, half a gigabyte in float32.
@@ -252,8 +252,8 @@ class EmbeddingCache:
 
     rows = [jax.tree.map(lambda x, i=i: np.asarray(x[i]), fresh) for i in range(len(prompts))]
     name = hashlib.sha256('\n'.join(prompts).encode()).hexdigest()[:16]
-    temporary = self._directory / f'{name}.{os.getpid()}.tmp'
     path = self._directory / f'{name}.array_record'
+    temporary = temporary_name(path)
     try:
       writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER)
       for prompt, row in zip(prompts, rows, strict=True):

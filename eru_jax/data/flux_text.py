@@ -3,7 +3,8 @@
 T5 v1.1 XXL makes the token states, CLIP-L the pooled vector. Tokenisers, configs and weights are
 read from a local FLUX.1 snapshot in diffusers' layout; nothing is downloaded. Prompts are treated
 as diffusers' FluxPipeline does it: both tokenisers pad to full length, and nothing is masked, so
-that T5 and the backbone attend to padding as well.
+that T5 and the backbone attend to padding as well. Parameters are split over the mesh by
+`sharding.RULES`, prompts over its axes data and fsdp.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ import hashlib
 import json
 import os
 import pathlib
-import re
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,19 +22,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from eru_jax import sharding
+from eru_jax.data.digests import file_digest
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
 from eru_jax.models.clip import ClipTextConfig, ClipTextModel
 from eru_jax.models.t5 import T5Config, T5Encoder
 from eru_jax.types import Conditioning
 from eru_jax.weights import clip as clip_weights
+from eru_jax.weights import streaming
 from eru_jax.weights import t5 as t5_weights
 
 # Of the folders text_encoder and text_encoder_2; shards of the second may stand in for the first.
 _CONFIG, _WEIGHTS, _INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
-# One compiled program serves every call; a last batch is padded to this size.
-_CLIP_BATCH, _T5_BATCH = 32, 4
+# One compiled program serves every call: batches are padded to this size, or to the next multiple
+# of the devices that share them.
+CLIP_BATCH, T5_BATCH = 32, 4
 # What FLUX.1 was trained with, and the pipeline's own limit.
 _LONGEST = 512
 # Part of the fingerprint: raise it when the same files would give other embeddings.
@@ -47,8 +55,7 @@ _VOCABULARIES = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(module: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
+def encode(module: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
   """Pooled states (B, P) of CLIP, token states (B, L, D) of T5."""
   out = module.apply({'params': params}, ids)
   return out[1] if isinstance(module, ClipTextModel) else out
@@ -61,18 +68,20 @@ class _Half:
   Attributes:
     module: the model.
     folder: holds its config and weights.
-    read: (weights file, config) -> parameters.
+    weights: how its files are read: `eru_jax.weights.clip` or `.t5`.
     tokenizer: of transformers.
     length: tokens a prompt is padded or cut to.
-    batch: prompts encoded at once.
+    batch: prompts encoded at once, if the devices can share them evenly.
+    mesh: the devices.
   """
 
   module: ClipTextModel | T5Encoder
   folder: pathlib.Path
-  read: Callable[[pathlib.Path, Any], Any]
+  weights: types.ModuleType
   tokenizer: Any
   length: int
   batch: int
+  mesh: Mesh
 
   def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
     """Token ids (B, length) int32."""
@@ -85,22 +94,31 @@ class _Half:
     return len(self.tokenizer(prompt, verbose=False)['input_ids']) > self.length
 
   def parameters(self) -> Any:
-    """Its parameters on the default device, no wider than the computation."""
-    params = self.read(self.folder / _WEIGHTS, self.module.config)
-    dtype = jnp.dtype(self.module.dtype)
-    return jax.device_put(
-      jax.tree.map(lambda x: x.astype(dtype) if x.itemsize > dtype.itemsize else x, params)
-    )
+    """Its parameters, split over the mesh and no wider than the computation; of what is still on
+    its way the host holds one array at a time.
+
+    Raises:
+      UserError: if a file is damaged or of another architecture, or the mesh does not divide it.
+    """
+    config = self.module.config
+    stored = self.weights.stored(self.folder / _WEIGHTS, config)
+    layout = sharding.logical_shardings(self.weights.boxed(config), self.mesh)
+    places = traverse_util.flatten_dict(layout, sep='/')
+    return streaming.load(streaming.narrowed(stored, self.module.dtype), places)
 
   def run(self, params: Any, ids: np.ndarray) -> np.ndarray:
     """Encodes token ids (B, length), B at least 1."""
+    share = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    size = -(-self.batch // share) * share
+    split = NamedSharding(self.mesh, P(('data', 'fsdp')))
+    apply = sharding.compiled_whole(encode, self.mesh, (0,))
     outputs = []
-    for start in range(0, len(ids), self.batch):
-      part = ids[start : start + self.batch]
-      filled = jax.device_put(np.resize(part, (self.batch, self.length)))
+    for start in range(0, len(ids), size):
+      part = ids[start : start + size]
+      filled = jax.device_put(np.resize(part, (size, self.length)), split)
       # Accelerators would otherwise round float32 products, and caches differ between machines.
-      with jax.default_matmul_precision('highest'):
-        outputs.append(jax.device_get(_apply(self.module, params, filled))[: len(part)])
+      with sharding.use_mesh(self.mesh), jax.default_matmul_precision('highest'):
+        outputs.append(np.asarray(apply(self.module, params, filled))[: len(part)])
     return np.concatenate(outputs)
 
 
@@ -123,16 +141,21 @@ class FluxTextEncoder:
   keep_resident: bool = False
   _resident: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
+  @property
+  def widths(self) -> tuple[int, int]:
+    """Channels of a token state and of the pooled vector."""
+    return self.t5.module.config.d_model, self.clip.module.config.hidden_size
+
   @functools.cached_property
   def fingerprint(self) -> str:
     """Hex sha256 of everything the embedding of a text depends on; keys caches."""
     digest = hashlib.sha256(f'{_RECIPE}/{self.t5.length}/{self.t5.module.dtype}'.encode())
     for name in ('tokenizer', 'tokenizer_2'):
       for path in sorted(p for p in (self.directory / name).iterdir() if p.is_file()):
-        digest.update(f'/{name}/{path.name}:{_file_digest(path)}'.encode())
+        digest.update(f'/{name}/{path.name}:{file_digest(path)}'.encode())
     for half in (self.clip, self.t5):
       for path in (half.folder / _CONFIG, *_weight_files(half.folder)):
-        digest.update(f'/{half.folder.name}/{path.name}:{_file_digest(path)}'.encode())
+        digest.update(f'/{half.folder.name}/{path.name}:{file_digest(path)}'.encode())
     return digest.hexdigest()
 
   def encode(self, prompts: Sequence[str], warn: bool = True) -> Conditioning:
@@ -197,10 +220,10 @@ class FluxTextEncoder:
     return half.run(params, ids)
 
   def _encode(self, prompts: Sequence[str]) -> Conditioning:
-    clip, t5 = self.clip.module, self.t5.module
     if not prompts:
-      tokens = np.zeros((0, self.t5.length, t5.config.d_model), t5.dtype)
-      return Conditioning(tokens, pooled=np.zeros((0, clip.config.hidden_size), np.float32))
+      states, pooled = self.widths
+      tokens = np.zeros((0, self.t5.length, states), self.t5.module.dtype)
+      return Conditioning(tokens, pooled=np.zeros((0, pooled), np.float32))
     clip_ids, t5_ids = self.tokenize(prompts)
     pooled = self._run(self.clip, clip_ids)
     return Conditioning(self._run(self.t5, t5_ids), pooled=pooled)
@@ -211,6 +234,7 @@ def load_flux_text(
   max_length: int = 512,
   dtype: Any = jnp.float32,
   keep_resident: bool = False,
+  mesh: Mesh | None = None,
 ) -> FluxTextEncoder:
   """Opens the text encoders of a FLUX.1 snapshot in diffusers' layout.
 
@@ -219,7 +243,8 @@ def load_flux_text(
     max_length: tokens that T5 pads or cuts a prompt to, end of text included: 512 for FLUX.1-dev,
       256 for -schnell.
     dtype: of the computation and of the token states, float32 or bfloat16.
-    keep_resident: keep parameters on the device between calls of `encode`.
+    keep_resident: keep parameters on the devices between calls of `encode`.
+    mesh: the devices; None takes one.
 
   Raises:
     UserError: if a file is missing, damaged or of another architecture (weights are only read when
@@ -231,6 +256,8 @@ def load_flux_text(
   if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
     raise UserError(f'FLUX.1 text encoders run in float32 or bfloat16, not {jnp.dtype(dtype)}.')
   dtype = jnp.dtype(dtype)
+  if mesh is None:
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   clip_config = ClipTextConfig.from_dict(_read_config(directory / 'text_encoder'))
   t5_config = T5Config.from_dict(_read_config(directory / 'text_encoder_2'))
   clip_tokenizer = _load_tokenizer(directory / 'tokenizer', 'CLIPTokenizer', clip_config.vocab_size)
@@ -240,18 +267,20 @@ def load_flux_text(
   clip = _Half(
     ClipTextModel(clip_config, dtype),
     directory / 'text_encoder',
-    clip_weights.load,
+    clip_weights,
     clip_tokenizer,
     clip_length,
-    _CLIP_BATCH,
+    CLIP_BATCH,
+    mesh,
   )
   t5 = _Half(
     T5Encoder(t5_config, dtype),
     directory / 'text_encoder_2',
-    t5_weights.load,
+    t5_weights,
     t5_tokenizer,
     max_length,
-    _T5_BATCH,
+    T5_BATCH,
+    mesh,
   )
   return FluxTextEncoder(directory, clip, t5, keep_resident)
 
@@ -284,7 +313,7 @@ def _load_tokenizer(folder: pathlib.Path, name: str, vocab_size: int) -> Any:
   options = _VOCABULARIES[name]
   if not any(all((folder / file).is_file() for file in files) for files in options):
     wanted = ' or '.join(' and '.join(files) for files in options)
-    raise UserError(f'{folder} is no {name}: it lacks {wanted}.')
+    raise UserError(f'{folder} is no {name}: it lacks {wanted}; download the folder again.')
   # Without PyTorch it would say that its models are not available, which nobody asks for.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   import transformers  # here, because commands must print their help quickly
@@ -314,13 +343,3 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
   # What it names besides files is refused when the weights are read.
   return [folder / _INDEX, *(folder / n for n in sorted(names) if (folder / n).is_file())]
-
-
-def _file_digest(path: pathlib.Path) -> str:
-  """Hex sha256 of a file."""
-  # The hub's cache links to large files by their sha256, which saves reading ten gigabytes.
-  name = path.resolve().name
-  if path.is_symlink() and re.fullmatch('[0-9a-f]{64}', name):
-    return name
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

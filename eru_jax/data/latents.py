@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from eru_jax.errors import UserError
+from eru_jax.files import temporary_name
 
 _GROUP = 'group_size:1'
 
@@ -59,7 +60,7 @@ def write_latents(path: str | os.PathLike, latents: Iterable[np.ndarray]) -> Non
   from array_record.python import array_record_module
 
   path = pathlib.Path(path)
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary = temporary_name(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = array_record_module.ArrayRecordWriter(str(temporary), _GROUP)

@@ -18,6 +18,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from absl import logging
+
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 
@@ -147,7 +149,8 @@ def read_prompt_file(path: str | os.PathLike) -> list[KnowledgePair]:
     path: file of JSON objects, one a line; see the module docstring.
 
   Returns:
-    The pairs in file order; a missing `id` becomes `<file stem>:<line>`.
+    The pairs in file order; a missing `id` becomes `<file stem>:<line>`. If one implicit prompt has
+    several anchors, a warning says so.
 
   Raises:
     UserError: for a file that cannot be read, a line that is no valid pair, an id that occurs
@@ -160,6 +163,8 @@ def _parse(text: str, path: pathlib.Path) -> list[KnowledgePair]:
   pairs: list[KnowledgePair] = []
   lines_of_id: dict[str, int] = {}
   first_use: dict[str, tuple[int, str]] = {}
+  anchors: dict[str, str] = {}
+  torn: list[tuple[int, KnowledgePair]] = []
   # Split at newlines only: str.splitlines would also cut at U+2028, which JSON text may hold.
   for number, line in enumerate(text.split('\n'), start=1):
     if not line.strip():
@@ -179,7 +184,17 @@ def _parse(text: str, path: pathlib.Path) -> list[KnowledgePair]:
         f'{line_before} in split {split_before!r}: keep it in one split, or the evaluation '
         'measures what was trained.'
       )
+    anchor = anchors.setdefault(normalise(pair.implicit), pair.explicit)
+    if without_article(anchor) != without_article(pair.explicit):
+      torn.append((number, pair))
     pairs.append(pair)
+  if torn:
+    number, pair = torn[0]
+    logging.warning(
+      '%s: %d lines give an implicit prompt of another line a different anchor, so that a model '
+      'learns to draw now the one, now the other; the first is line %d: %r is %r and %r.',
+      path, len(torn), number, pair.implicit, anchors[normalise(pair.implicit)], pair.explicit,
+    )  # fmt: skip
   if not pairs:
     raise UserError(
       f'{path} holds no prompts: write one JSON object a line, such as '

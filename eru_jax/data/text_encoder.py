@@ -80,6 +80,11 @@ class TextEncoder:
       raise UserError(f'max_length is {self.max_length}, but this encoder takes 3 to {limit}.')
 
   @property
+  def widths(self) -> tuple[int, int]:
+    """Channels of a token state and of the pooled vector."""
+    return self.config.hidden_size, self.config.hidden_size
+
+  @property
   def fingerprint(self) -> str:
     """Hex sha256 of everything the embedding of a text depends on; keys caches."""
     return hashlib.sha256(f'{_RECIPE}/{self.files_digest}/{self.max_length}'.encode()).hexdigest()

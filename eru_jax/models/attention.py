@@ -6,11 +6,14 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 
 from eru_jax.errors import UserError
+from eru_jax.models import attention_layout
+from eru_jax.models.splash import splash
 
-IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
-# What cuDNN's fused attention takes on every GPU that has it.
+IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
+# What cuDNN's fused attention takes on every GPU that has it; the first holds for TPUs, too.
 _HEAD_MULTIPLE, _HEAD_MAXIMUM, _COMPUTE_CAPABILITY = 8, 128, (8, 0)
 
 
@@ -28,12 +31,18 @@ def attention(
     key: (B, S, H, D).
     value: (B, S, H, D).
     mask: (B, S) bool, True where a key may be attended to, or None for all of them. Of an example
-      without any, XLA returns the mean of all values and cuDNN zeros.
-    implementation: 'xla' anywhere; 'cudnn' on NVIDIA GPUs in bfloat16 or float16; 'auto' picks
-      cuDNN there and XLA everywhere else, with one warning where cuDNN lacks the shape or the GPU.
+      without any, XLA returns the mean of all values, cuDNN zeros and splash something finite.
+    implementation: 'xla' anywhere; 'cudnn' on NVIDIA GPUs in bfloat16 or float16; 'splash' on TPUs.
+      'auto' picks cuDNN and splash there in 16 bits, and XLA everywhere else (float32 products
+      stay exact with it), with one warning where a kernel lacks the shape or the GPU. What the
+      program runs on is told by the mesh in context, which may be of machines that are not here.
+
+  On a mesh, examples are split over `data` and `fsdp`, heads over `tensor`, and what `sequence`
+  splits as `attention_layout` says.
 
   Returns:
-    (B, L, H, D) in the query's dtype.
+    (B, L, H, D) in the query's dtype. Checkpointing knows it as 'attn_output', but for cuDNN's,
+    which it knows by its primitive (`stack.REMAT_POLICIES`): by both it would be kept twice.
 
   Raises:
     UserError: if the implementation is unknown.
@@ -44,18 +53,35 @@ def attention(
     )
   if implementation == 'auto':
     implementation = _choose(query)
+  query, key, value = attention_layout.place(query, key, value)
+  if implementation == 'splash':
+    return splash(query, key, value, mask)
   if implementation == 'cudnn':
     return _cudnn(query, key, value, mask)
   if mask is not None:
     mask = mask[:, None, None, :]
-  return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation='xla')
+  out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation='xla')
+  return checkpoint_name(out, 'attn_output')
+
+
+def _platform() -> str:
+  """'cpu', 'gpu' or 'tpu': of the mesh in context, else of this process."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.default_backend()
+  return {'cuda': 'gpu', 'rocm': 'gpu'}.get(device.platform, device.platform)
 
 
 def _choose(query: jax.Array) -> str:
-  if query.dtype.itemsize != 2 or jax.default_backend() != 'gpu':
+  platform, head_dim = _platform(), query.shape[-1]
+  if query.dtype.itemsize != 2 or platform not in ('gpu', 'tpu'):
     return 'xla'
-  head_dim, capability = query.shape[-1], _compute_capability()
-  obstacle = None
+  if platform == 'tpu':
+    if head_dim % _HEAD_MULTIPLE == 0:
+      return 'splash'
+    _warn('splash', f'heads have {head_dim} channels, not a multiple of {_HEAD_MULTIPLE}')
+    return 'xla'
+  capability, obstacle = _compute_capability(), None
   if capability is None:
     obstacle = 'the GPU is not one of NVIDIA'
   elif capability < _COMPUTE_CAPABILITY:
@@ -67,7 +93,7 @@ def _choose(query: jax.Array) -> str:
     )
   if obstacle is None:
     return 'cudnn'
-  _warn(obstacle)
+  _warn('cuDNN', obstacle)
   return 'xla'
 
 
@@ -80,9 +106,10 @@ def _compute_capability() -> tuple[int, ...] | None:
 
 
 @functools.cache
-def _warn(obstacle: str) -> None:
+def _warn(kernel: str, obstacle: str) -> None:
   logging.warning(
-    "Attention runs without cuDNN, since %s: XLA's is slower and keeps every score in memory.",
+    "Attention runs without %s, since %s: XLA's is slower and keeps every score in memory.",
+    kernel,
     obstacle,
   )
 

@@ -230,6 +230,15 @@ class GroupNorm(nn.Module):
     return y.astype(x.dtype)
 
 
+def _by_examples(x: jax.Array) -> jax.Array:
+  """Splits pictures (B, H, W, C) over a mesh by examples and in no other way.
+
+  Left to itself, the partitioner may split rows of pixels, as tokens are along `sequence`, and XLA
+  then convolves wrongly (seen in jaxlib 0.10.2).
+  """
+  return nn.with_logical_constraint(x, ('batch', None, None, None))
+
+
 class ResnetBlock2D(nn.Module):
   """Two normalised 3x3 convolutions beside a skip connection.
 
@@ -251,7 +260,7 @@ class ResnetBlock2D(nn.Module):
     y = _conv(self.features, 'conv2', self.dtype)(y)
     if x.shape[-1] != self.features:
       x = _conv(self.features, 'conv_shortcut', self.dtype, kernel=1)(x)
-    return x + y
+    return _by_examples(x + y)
 
 
 class Attention(nn.Module):
@@ -301,10 +310,11 @@ class Resample2D(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     channels = x.shape[-1]
     if not self.up:
-      return _conv(channels, 'conv', self.dtype, strides=2)(x)
+      return _by_examples(_conv(channels, 'conv', self.dtype, strides=2)(x))
     batch, height, width, _ = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return _conv(channels, 'conv', self.dtype)(x.reshape(batch, 2 * height, 2 * width, channels))
+    x = _by_examples(x.reshape(batch, 2 * height, 2 * width, channels))
+    return _by_examples(_conv(channels, 'conv', self.dtype)(x))
 
 
 class Level(nn.Module):
@@ -429,7 +439,7 @@ class AutoencoderKL(nn.Module):
       clipped to [-30, 20] as in the reference. Neither is scaled, see `scale_latents`.
     """
     patches = _fold(images.astype(self.dtype), self.config.patch_size)
-    moments = self.encoder(patches)
+    moments = _by_examples(self.encoder(_by_examples(patches)))
     if self.config.use_quant_conv:
       moments = self.quant_conv(moments)
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
@@ -444,10 +454,11 @@ class AutoencoderKL(nn.Module):
     Returns:
       (B, f h, f w, out_channels / patch_size^2) float32, about [-1, 1] but not clipped.
     """
-    z = z.astype(self.dtype)
+    z = _by_examples(z.astype(self.dtype))
     if self.config.use_post_quant_conv:
       z = self.post_quant_conv(z)
-    return _unfold(self.decoder(z).astype(jnp.float32), self.config.patch_size)
+    images = _by_examples(self.decoder(z)).astype(jnp.float32)
+    return _unfold(images, self.config.patch_size)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Reconstruction from the posterior's mean, shaped like `images`; touches every parameter."""

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from eru_jax.errors import UserError
 from eru_jax.models.attention import attention
-from eru_jax.models.layers import Dense, LayerNorm, tap
+from eru_jax.models.layers import Dense, LayerNorm, embedding, tap
 from eru_jax.models.stack import stack_blocks
 
 ACTIVATIONS = {
@@ -106,17 +106,11 @@ class CLIPTextEmbeddings(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids: jax.Array) -> jax.Array:
-    cfg = self.config
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(cfg.initializer_range), ('vocab', 'embed')
-    )
-
-    def embed(size: int, name: str) -> nn.Embed:
-      return nn.Embed(size, cfg.hidden_size, dtype=self.dtype, embedding_init=init, name=name)
-
-    x = embed(cfg.vocab_size, 'token_embedding')(input_ids)
-    positions = jnp.arange(input_ids.shape[1])[None]
-    return x + embed(cfg.max_position_embeddings, 'position_embedding')(positions)
+    cfg, size = self.config, self.config.hidden_size
+    std, dtype = cfg.initializer_range, self.dtype
+    words = embedding(cfg.vocab_size, size, 'vocab', std, dtype, 'token_embedding')
+    places = embedding(cfg.max_position_embeddings, size, None, std, dtype, 'position_embedding')
+    return words(input_ids) + places(jnp.arange(input_ids.shape[1])[None])
 
 
 class CLIPAttention(nn.Module):
@@ -138,9 +132,10 @@ class CLIPAttention(nn.Module):
     )
     if self.causal:
       out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='xla')
+      out = checkpoint_name(out, 'attn_output')
     else:
       out = attention(query, key, value)
-    out = checkpoint_name(out.reshape(x.shape), 'attn_output')
+    out = out.reshape(x.shape)
     return Dense(cfg.hidden_size, axes=('heads', 'embed'), dtype=self.dtype, name='out_proj')(out)
 
 
@@ -205,7 +200,7 @@ class ClipTextModel(nn.Module):
     config: the architecture.
     dtype: dtype of the computation; norms and softmax are float32 regardless.
     scan: run the blocks as one loop; False unrolls it. The parameters are the same.
-    remat: one of `eru_jax.models.flux.REMAT_POLICIES`, what the backward pass keeps.
+    remat: one of `eru_jax.models.stack.REMAT_POLICIES`, what the backward pass keeps.
   """
 
   config: ClipTextConfig

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from eru_jax.errors import UserError
 from eru_jax.models.clip import ACTIVATIONS, CLIPEncoder, ClipTextConfig
-from eru_jax.models.layers import Dense, LayerNorm
+from eru_jax.models.layers import Dense, LayerNorm, embedding
 
 # What transformers assumes of the towers of a CLIPModel where its config.json does not say: files
 # it writes leave out what is as usual, and the usual is ViT-B/32.
@@ -173,12 +173,13 @@ class CLIPVisionEmbeddings(nn.Module):
     )
     token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, cfg.hidden_size))
     x = jnp.concatenate([token, x], axis=1)
-    embed = nn.Embed(
+    embed = embedding(
       cfg.num_patches + 1,
       cfg.hidden_size,
-      dtype=self.dtype,
-      embedding_init=partitioned(normal(cfg.initializer_range), (None, 'embed')),
-      name='position_embedding',
+      None,
+      cfg.initializer_range,
+      self.dtype,
+      'position_embedding',
     )
     x = x + embed(jnp.arange(cfg.num_patches + 1)[None])
     return nn.with_logical_constraint(x, ('batch', 'length', 'act_embed'))
@@ -191,7 +192,7 @@ class ClipVisionModel(nn.Module):
     config: the architecture.
     dtype: dtype of the computation; norms and softmax are float32 regardless.
     scan: run the blocks as one loop; False unrolls it. The parameters are the same.
-    remat: one of `eru_jax.models.flux.REMAT_POLICIES`, what the backward pass keeps.
+    remat: one of `eru_jax.models.stack.REMAT_POLICIES`, what the backward pass keeps.
   """
 
   config: ClipVisionConfig

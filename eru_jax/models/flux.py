@@ -21,22 +21,16 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from eru_jax.errors import UserError
+from eru_jax.models import attention_layout
 from eru_jax.models.attention import attention
 from eru_jax.models.layers import Dense, LayerNorm, RMSNorm, feature, sinusoidal_embedding, tap
+from eru_jax.models.stack import stack_blocks
 from eru_jax.types import Conditioning
 
 # The reference feeds 1000 t and 1000 guidance to its sinusoids, and does so exactly once.
 _TIME_FACTOR = 1000.0
 _TIME_CHANNELS = 256
 _ROPE_THETA = 10_000.0
-
-# Which activations the backward pass keeps; the rest is recomputed from each block's input.
-REMAT_POLICIES = {
-  'none': None,
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'attn': jax.checkpoint_policies.save_only_these_names('attn_output'),
-  'names': jax.checkpoint_policies.save_only_these_names('qkv', 'attn_output'),
-}
 
 _zeros = nn.initializers.zeros
 
@@ -108,8 +102,9 @@ class FluxConfig:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
       if key not in (*known, 'patch_size', 'out_channels') and not key.startswith('_'):
-        near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
-        raise UserError(f'FLUX config: unknown key `{key}`; did you mean `{near[0]}`?')
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f'did you mean `{near[0]}`?' if near else f'known: {", ".join(known)}.'
+        raise UserError(f'FLUX config: unknown key `{key}`; {hint}')
     in_channels = values.get('in_channels', 64)
     if values.get('patch_size', 1) != 1 or values.get('out_channels') not in (None, in_channels):
       raise UserError('FLUX config: patch_size must be 1 and out_channels equal in_channels.')
@@ -246,7 +241,7 @@ class JointAttention(nn.Module):
     shape = (*x.shape[:-1], cfg.num_attention_heads, cfg.attention_head_dim)
     query = RMSNorm(name=norms[0])(query.reshape(shape))
     key = RMSNorm(name=norms[1])(key.reshape(shape))
-    return query, key, value.reshape(shape)
+    return attention_layout.place(query, key, value.reshape(shape))
 
   @nn.compact
   def __call__(
@@ -266,7 +261,6 @@ class JointAttention(nn.Module):
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
     query, key, value = (checkpoint_name(part, 'qkv') for part in (query, key, value))
     out = attention(query, key, value, mask, self.implementation)
-    out = checkpoint_name(out, 'attn_output')
     out = out.reshape(*out.shape[:2], self.config.width)
     if context is None:
       return out, None
@@ -366,7 +360,7 @@ class FluxTransformer(nn.Module):
     config: the architecture.
     dtype: dtype of the computation (norms, rotary tables and time embeddings stay float32).
     scan: run each stack of blocks as one loop; False unrolls it. The parameters are the same.
-    remat: one of REMAT_POLICIES, what the backward pass keeps.
+    remat: one of `eru_jax.models.stack.REMAT_POLICIES`, what the backward pass keeps.
     attention: implementation for `eru_jax.models.attention.attention`.
   """
 
@@ -377,19 +371,7 @@ class FluxTransformer(nn.Module):
   attention: str = 'auto'
 
   def _stack(self, block: type[nn.Module], length: int, name: str, **fields: Any) -> nn.Module:
-    if self.remat not in REMAT_POLICIES:
-      raise UserError(f'Unknown remat policy {self.remat!r}: choose one of {list(REMAT_POLICIES)}.')
-    if self.remat != 'none':
-      block = nn.remat(block, prevent_cse=not self.scan, policy=REMAT_POLICIES[self.remat])
-    stack = nn.scan(
-      block,
-      variable_axes=dict.fromkeys(('params', 'lora', 'intermediates', 'features', 'overrides'), 0),
-      split_rngs={'params': True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-      length=length,
-      unroll=1 if self.scan else length,
-      metadata_params={nn.PARTITION_NAME: 'layers'},
-    )
+    stack = stack_blocks(block, length, inputs=3, scan=self.scan, remat=self.remat)
     return stack(self.config, self.dtype, self.attention, name=name, **fields)
 
   @nn.compact

@@ -96,6 +96,23 @@ def _whole(x: jax.Array, axis: str | None) -> jax.Array:
   return nn.with_logical_constraint(x, ('batch', *['length'] * (x.ndim - 2), 'act_embed'))
 
 
+def embedding(
+  rows: int, features: int, axis: str | None, std: float, dtype: Any, name: str
+) -> nn.Embed:
+  """A learnt vector (features,) for each of so many numbers.
+
+  Args:
+    rows, features: size of the table.
+    axis: logical axis of the rows: 'vocab', or None where devices could not share them evenly, as
+      those of positions.
+    std: of freshly initialised vectors.
+    dtype: of the result.
+    name: of the module.
+  """
+  init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, 'embed'))
+  return nn.Embed(rows, features, dtype=dtype, embedding_init=init, name=name)
+
+
 class LayerNorm(nn.Module):
   """Layer normalisation over the last axis, in float32, returned in the input's dtype.
 

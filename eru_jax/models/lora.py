@@ -50,7 +50,8 @@ class LoraRule:
       raise UserError(f'LoRA pattern {self.pattern!r} is no regular expression: {error}.') from None
 
 
-def _match(path: str, rules: Sequence[LoraRule]) -> LoraRule | None:
+def rule_of(path: str, rules: Sequence[LoraRule]) -> LoraRule | None:
+  """The first rule that matches a layer's path, or None."""
   return next((rule for rule in rules if re.search(rule.pattern, path)), None)
 
 
@@ -71,13 +72,36 @@ def exact_rules(sizes: Mapping[str, tuple[int, float]]) -> tuple[LoraRule, ...]:
   )
 
 
+def sizes(adapter: PyTree, rules: Sequence[LoraRule]) -> dict[str, tuple[int, float]]:
+  """(rank, alpha) of each layer that an adapter adapts, by the layer's path.
+
+  Raises:
+    UserError: if the adapter has a layer that no rule matches.
+  """
+  found = {}
+  for path in traverse_util.flatten_dict(adapter, sep='/'):
+    layer, _, leaf = path.rpartition('/')
+    if leaf == 'a':
+      rule = _matching(layer, rules)
+      found[layer] = (rule.rank, rule.alpha)
+  return found
+
+
+def _matching(layer: str, rules: Sequence[LoraRule]) -> LoraRule:
+  """The rule of an adapted layer."""
+  rule = rule_of(layer, rules)
+  if rule is None:
+    raise UserError(f'No LoRA rule matches {layer!r}: give the adapter with its own rules.')
+  return rule
+
+
 def init(key: jax.Array, params: PyTree, rules: Sequence[LoraRule]) -> PyTree:
   """Creates an adapter that changes nothing yet: a is random, b is zero.
 
   Args:
     key: randomness; each layer's share depends on its path alone.
     params: the backbone's parameters; if they still carry linen's partitioning boxes, so will
-      the adapter (rank is logical axis 'lora_rank').
+      the adapter (logical axes 'lora_channels' and 'lora_rank').
     rules: the first rule that matches a layer's path decides; unmatched layers stay frozen.
 
   Returns:
@@ -94,7 +118,7 @@ def init(key: jax.Array, params: PyTree, rules: Sequence[LoraRule]) -> PyTree:
     # Convolutions and embeddings are not Dense kernels; a stack adds one axis to a matrix.
     if leaf != 'kernel' or kernel.ndim not in (2, 3):
       continue
-    rule = _match(layer, rules)
+    rule = rule_of(layer, rules)
     if rule is None:
       continue
     used.add(rule)
@@ -109,7 +133,10 @@ def init(key: jax.Array, params: PyTree, rules: Sequence[LoraRule]) -> PyTree:
     )
     b = jnp.zeros((*stack, rule.rank, n_out), jnp.float32)
     if isinstance(boxed, nn.LogicallyPartitioned):
+      # Along the kernel's own axes, half of the adapter, its moments and its averages would lie on
+      # every device of a mesh without `tensor`.
       *lead, axis_in, axis_out = boxed.names
+      axis_in, axis_out = (axis and 'lora_channels' for axis in (axis_in, axis_out))
       a = nn.LogicallyPartitioned(a, (*lead, axis_in, 'lora_rank'))
       b = nn.LogicallyPartitioned(b, (*lead, 'lora_rank', axis_out))
     adapter[f'{layer}/a'], adapter[f'{layer}/b'] = a, b
@@ -144,9 +171,7 @@ def variables(
   for path, a in flat.items():
     layer, _, leaf = path.rpartition('/')
     if leaf == 'a':
-      rule = _match(layer, rules)
-      if rule is None:
-        raise UserError(f'No LoRA rule matches {layer!r}: give the adapter with its own rules.')
+      rule = _matching(layer, rules)
       stack = a.shape[:-2]
       scale = strength * (rule.alpha / rule.rank)
       out[f'{layer}/scale'] = jnp.broadcast_to(scale, (*stack, *scale.shape))

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from eru_jax.errors import UserError
 from eru_jax.models.attention import attention
-from eru_jax.models.layers import Dense, LayerNorm, tap
+from eru_jax.models.layers import Dense, LayerNorm, embedding, tap
+from eru_jax.models.stack import stack_blocks
 from eru_jax.types import Conditioning
 
 # What transformers assumes when config.json does not say.
@@ -95,17 +96,14 @@ class BertEmbeddings(nn.Module):
   @nn.compact
   def __call__(self, input_ids: jax.Array) -> jax.Array:
     cfg = self.config
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(cfg.initializer_range), ('vocab', 'embed')
-    )
 
-    def embed(size: int, name: str) -> nn.Embed:
-      return nn.Embed(size, cfg.hidden_size, dtype=self.dtype, embedding_init=init, name=name)
+    def embed(rows: int, axis: str | None, name: str) -> nn.Embed:
+      return embedding(rows, cfg.hidden_size, axis, cfg.initializer_range, self.dtype, name)
 
-    x = embed(cfg.vocab_size, 'word_embeddings')(input_ids)
+    x = embed(cfg.vocab_size, 'vocab', 'word_embeddings')(input_ids)
     positions = jnp.arange(input_ids.shape[1])[None]
-    x = x + embed(cfg.type_vocab_size, 'token_type_embeddings')(jnp.zeros_like(positions))
-    x = x + embed(cfg.max_position_embeddings, 'position_embeddings')(positions)
+    x = x + embed(cfg.type_vocab_size, None, 'token_type_embeddings')(jnp.zeros_like(positions))
+    x = x + embed(cfg.max_position_embeddings, None, 'position_embeddings')(positions)
     return _layer_norm(cfg)(x)
 
 
@@ -189,14 +187,8 @@ class BertEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    layers = nn.scan(
-      BertLayer,
-      variable_axes={'params': 0, 'lora': 0, 'intermediates': 0, 'overrides': 0},
-      split_rngs={'params': True},
-      in_axes=nn.broadcast,
-      length=self.config.num_hidden_layers,
-      metadata_params={nn.PARTITION_NAME: 'layers'},
-    )
+    length = self.config.num_hidden_layers
+    layers = stack_blocks(BertLayer, length, inputs=1, scan=True, remat='none')
     return layers(self.config, self.dtype, name='layer')(x, mask)[0]
 
 

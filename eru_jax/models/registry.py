@@ -44,6 +44,36 @@ class ModelFamily:
   stacks: dict[str, str]
   tiny: dict[str, Any]
 
+  @property
+  def blocks(self) -> str:
+    """Regular expression of the paths of all layers in blocks: what is kept in int8, if anything
+    is, being nearly all of a backbone."""
+    return f'^({"|".join(self.stacks)})/'
+
+  def init(
+    self,
+    backbone: nn.Module,
+    key: jax.Array,
+    grid: tuple[int, int] = (1, 1),
+    text_length: int = 1,
+  ) -> PyTree:
+    """Random backbone parameters, boxed with their logical axis names; no size changes them.
+
+    Args:
+      backbone: the module.
+      key: a random key.
+      grid: rows and columns of tokens in the packed latent grid.
+      text_length: tokens of a prompt.
+    """
+    config = backbone.config
+    conditioning = Conditioning(
+      tokens=jnp.zeros((1, text_length, config.joint_attention_dim)),
+      pooled=jnp.zeros((1, config.pooled_projection_dim)),
+    )
+    rows, columns = grid
+    x, t = jnp.zeros((1, rows * columns, config.in_channels)), jnp.zeros(1)
+    return backbone.init(key, x, t, conditioning, self.latent_ids(*grid), t)['params']
+
 
 FAMILIES = {
   'flux': ModelFamily(
@@ -77,6 +107,11 @@ def family(name: str) -> ModelFamily:
   if name not in FAMILIES:
     raise UserError(f'Unknown model family {name!r}: choose one of {sorted(FAMILIES)}.')
   return FAMILIES[name]
+
+
+def family_of(architecture: Any) -> ModelFamily:
+  """The family that an architecture belongs to, one of its `config` class."""
+  return next(family for family in FAMILIES.values() if type(architecture) is family.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +170,7 @@ class DiffusionModel:
 
   def init(self, key: jax.Array, text_length: int) -> PyTree:
     """Random backbone parameters, boxed with their logical axis names."""
-    cfg = self.backbone.config
-    conditioning = Conditioning(
-      tokens=jnp.zeros((1, text_length, cfg.joint_attention_dim)),
-      pooled=jnp.zeros((1, cfg.pooled_projection_dim)),
-    )
-    ids = self.family.latent_ids(*self.grid)
-    x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros(1)
-    return self.backbone.init(key, x, t, conditioning, ids, jnp.zeros(1))['params']
+    return self.family.init(self.backbone, key, self.grid, text_length)
 
   def velocity(self, base: PyTree, trainable: PyTree | None = None) -> VelocityFn:
     """The velocity network as the losses and samplers want it.
@@ -205,7 +233,9 @@ class DiffusionModel:
   def decode(self, autoencoder_params: PyTree, latents: jax.Array) -> jax.Array:
     """Packed latents to pictures (B, H, W, 3) in [0, 1], float32."""
     rows, columns = (self.family.packing * tokens for tokens in self.grid)
-    z = autoencoder_kl.unpack_latents(latents.astype(jnp.float32), rows, columns)
+    # Tokens may be split along `sequence`; pictures must not be.
+    latents = nn.with_logical_constraint(latents.astype(jnp.float32), ('batch', None, None))
+    z = autoencoder_kl.unpack_latents(latents, rows, columns)
     z = autoencoder_kl.unscale_latents(z, self.autoencoder.config)
     images = self.autoencoder.apply({'params': autoencoder_params}, z, method='decode')
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

@@ -3,9 +3,34 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from eru_jax.errors import UserError
-from eru_jax.models.flux import REMAT_POLICIES
+
+# Collections that have an entry for every block.
+_AXES = ('params', 'lora', 'intermediates', 'features', 'overrides')
+# The forward pass of cuDNN's attention; it results in the output and the softmax's statistics.
+_CUDNN_FORWARD = 'dot_product_attention_fwd_wrapper'
+
+
+def _is_cudnn(primitive: Any, *unused: Any, **options: Any) -> bool:
+  # Its backward pass wants both: without the statistics, the kernel would run once more.
+  del unused, options
+  return primitive.name == _CUDNN_FORWARD
+
+
+def _attention_and(*names: str) -> Any:
+  policies = jax.checkpoint_policies
+  return policies.save_from_both_policies(policies.save_only_these_names(*names), _is_cudnn)
+
+
+# Which activations the backward pass keeps; the rest is recomputed from each block's input.
+REMAT_POLICIES = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'attn': _attention_and('attn_output'),
+  'names': _attention_and('qkv', 'attn_output'),
+}
 
 
 def stack_blocks(
@@ -27,7 +52,7 @@ def stack_blocks(
     raise UserError(f'Unknown remat policy {remat!r}: choose one of {list(REMAT_POLICIES)}.')
   if remat != 'none':
     block = nn.remat(block, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
-  axes: dict[str, Any] = dict.fromkeys(('params', 'lora', 'intermediates', 'overrides'), 0)
+  axes: dict[str, Any] = dict.fromkeys(_AXES, 0)
   return nn.scan(
     block,
     variable_axes=axes,

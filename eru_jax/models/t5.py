@@ -17,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from eru_jax.errors import UserError
-from eru_jax.models.layers import Dense, RMSNorm, tap
+from eru_jax.models.layers import Dense, RMSNorm, embedding, tap
 from eru_jax.models.stack import stack_blocks
 
 _FEED_FORWARD = ('gated-gelu', 'relu')
@@ -242,7 +242,7 @@ class T5Stack(nn.Module):
     cfg = self.config
     table = self.param(
       'relative_attention_bias',
-      nn.with_logical_partitioning(nn.initializers.normal(cfg.d_model**-0.5), (None, 'heads')),
+      nn.with_logical_partitioning(nn.initializers.normal(cfg.d_model**-0.5), (None, None)),
       (cfg.relative_attention_num_buckets, cfg.num_heads),
     )
     buckets = relative_position_buckets(
@@ -261,7 +261,7 @@ class T5Encoder(nn.Module):
     config: the architecture.
     dtype: dtype of the computation, float32 or bfloat16; norms and softmax are float32 regardless.
     scan: run the blocks as one loop; False unrolls it. The parameters are the same.
-    remat: one of `eru_jax.models.flux.REMAT_POLICIES`, what the backward pass keeps.
+    remat: one of `eru_jax.models.stack.REMAT_POLICIES`, what the backward pass keeps.
   """
 
   config: T5Config
@@ -287,7 +287,6 @@ class T5Encoder(nn.Module):
     cfg, dtype = self.config, jnp.dtype(self.dtype)
     if dtype == jnp.float16:
       raise UserError('T5 overflows float16: compute it in bfloat16 or float32.')
-    init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed'))
-    embed = nn.Embed(cfg.vocab_size, cfg.d_model, dtype=dtype, embedding_init=init, name='shared')
+    embed = embedding(cfg.vocab_size, cfg.d_model, 'vocab', 1.0, dtype, 'shared')
     stack = T5Stack(cfg, dtype, self.scan, self.remat, name='encoder')
     return stack(embed(input_ids), mask)

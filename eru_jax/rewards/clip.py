@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from eru_jax import sharding
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
-from eru_jax.models.clip import ClipTextModel
+from eru_jax.models.clip import ClipTextConfig, ClipTextModel
 from eru_jax.models.clip_vision import ClipConfig, ClipVisionModel
 from eru_jax.rewards.image_processing import ImageProcessor
 from eru_jax.weights import clip_model as weights
@@ -203,6 +203,24 @@ def load_clip_reward(
   )
 
 
+def describe_clip_reward(
+  directory: str | os.PathLike, kind: str = 'sci_score', dtype: Any = jnp.float32
+) -> ClipReward:
+  """`load_clip_reward` with ShapeDtypeStructs for parameters and without tokeniser.
+
+  Without such a directory it is SciScore's, OpenCLIP's ViT-H/14.
+  """
+  root = pathlib.Path(directory)
+  config, processor = ClipConfig(ClipTextConfig()), ImageProcessor()
+  if root.is_dir():
+    config, processor, _ = read_clip_directory(root)
+  shapes = weights.shapes(config)
+  cast = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, dtype))
+  params = {'vision_model': cast(shapes['vision_model']), 'logit_scale': shapes['logit_scale']}
+  text = {name: shapes[name] for name in ('text_model', 'text_projection')}
+  return ClipReward(kind, config, processor, None, params, text, dtype)
+
+
 def read_clip_directory(directory: str | os.PathLike) -> tuple[ClipConfig, ImageProcessor, Any]:
   """Architecture, image processor and tokeniser of a CLIPModel; its weights are only looked for.
 
@@ -241,7 +259,7 @@ def _read(path: pathlib.Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
   try:
     return parse(values)
   except UserError as error:
-    raise UserError(f'{path}: {error}') from error
+    raise error.at(path) from error
 
 
 def _image_processor(values: dict[str, Any]) -> ImageProcessor:

@@ -1,13 +1,15 @@
 """Checkpoints of one stage: atomic, checked when read, the last good one wins.
 
 A thin layer over Orbax, so that its API is named in this file only. Every checkpoint carries the
-CRC of each of its arrays: storage that silently returns other bytes counts as damage too.
+checksum of each of its arrays: storage that silently returns other bytes counts as damage too.
+
+In a run of several processes all of them save and restore together. Each reads its parts on its
+own, so that what one finds damaged keeps nobody waiting; then they agree on what to do.
 """
 
 import contextlib
 import os
 import pathlib
-import shutil
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from eru_jax import distributed
 from eru_jax.errors import UserError, causes, full_disk, refused
+from eru_jax.files import as_path
+from eru_jax.training.checksums import checksums
 
 PyTree = Any
 # What Orbax and this file raise when a file is missing, cut off or holds other bytes. Whatever else
@@ -25,8 +31,8 @@ PyTree = Any
 _DAMAGE = (ValueError, KeyError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
-def _checksums(tree: PyTree) -> dict[str, int]:
-  """CRC-32 of every leaf this process holds whole."""
+def _crcs(tree: PyTree) -> dict[str, int]:
+  """CRC-32 of every leaf this process holds whole: the checksums that earlier versions kept."""
   sums = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     if getattr(leaf, 'is_fully_addressable', True):
@@ -46,9 +52,9 @@ def _layout(tree: PyTree) -> dict[str, str]:
 class StageCheckpoints:
   """Saves and restores (state, data position) under one directory, keeping the newest few."""
 
-  def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+  def __init__(self, directory: str | os.PathLike, keep: int = 2):
     """Opens (or makes) the directory; `keep` checkpoints survive, the oldest go first."""
-    self._directory = pathlib.Path(directory).absolute()
+    self._directory = as_path(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
     self._keep = keep
     self._checkpointer = self._open()
@@ -70,11 +76,11 @@ class StageCheckpoints:
     Raises:
       UserError: if the disk is full or not writable. Earlier checkpoints are intact.
     """
-    if step in self.steps:
+    if distributed.agreed(lambda: step in self.steps):
       return
     metadata = {
       'position': position,
-      'checksums': _checksums(state),
+      'checksums': checksums(state),
       'layout': _layout(state),
     }
     try:
@@ -84,13 +90,15 @@ class StageCheckpoints:
       reason = full_disk(error)
       if reason is None:
         raise
-      # Orbax would raise the same error again at whatever it is asked next.
-      with _quiet(), contextlib.suppress(Exception):
-        self._checkpointer.close()
-      self._checkpointer = self._open()
+      if jax.process_count() == 1:
+        # Orbax would raise the same error again at whatever it is asked next.
+        with _quiet(), contextlib.suppress(Exception):
+          self._checkpointer.close()
+        self._checkpointer = self._open()
       # What was written of the new one would only keep the disk full.
       for part in self._directory.glob(f'{step}.*'):
-        shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+          epath.Path(part).rmtree()
       earlier = f'the one of step {self.steps[-1]} is intact' if self.steps else 'there is none yet'
       raise UserError(
         f'Could not save the checkpoint of step {step} in {self._directory}: '
@@ -113,24 +121,13 @@ class StageCheckpoints:
       UserError: if there are checkpoints but all of them are damaged; if they hold arrays of other
         names, shapes or dtypes, or the system refuses to read them: these are left as they are.
     """
-    steps = self.steps
+    steps = distributed.agreed(lambda: self.steps)
     for step in reversed(steps):
-      try:
-        metadata = self._checkpointer.metadata(step).custom_metadata
-        self._check_layout(step, metadata['layout'], _layout(like))
-        state = self._checkpointer.load_pytree(step, like)
-        self._verify(state, metadata)
-        return state, metadata['position']
-      except UserError:
-        raise
-      except Exception as error:
-        self._check_damaged(step, error)
-        logging.warning(
-          'Checkpoint %s/%d is damaged (%s); trying the one before it.',
-          self._directory, step, _first_line(error),
-        )  # fmt: skip
-        if repair:
-          self._set_aside(step)
+      found = self._read(step, like)
+      if found is not None:
+        return found
+      if repair:
+        self._set_aside(step)
     if steps and not repair:
       raise UserError(
         f'None of the checkpoints {steps} in {self._directory} can be read: run `train` again on '
@@ -142,6 +139,34 @@ class StageCheckpoints:
         f'as {self._directory.name}.damaged-*. Run the same command again to start this stage anew.'
       )
     return None
+
+  def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    """(state, position) of a checkpoint, or None, with a warning, if a part of it is damaged."""
+    state = sums = position = None
+    try:
+      path = str(self._directory / str(step))
+      with _alone():
+        metadata = ocp.metadata(path).custom_metadata
+        self._check_layout(step, metadata['layout'], _layout(like))
+        sums, position = metadata['checksums'], metadata['position']
+        state = ocp.load_pytree(path, like)
+    except UserError:
+      raise
+    except Exception as error:
+      self._check_damaged(step, error)
+      self._warn(step, _first_line(error))
+    if not distributed.all_true(state is not None):
+      return None
+    changed = _changed(state, sums)
+    if changed is not None:
+      self._warn(step, f'the bytes of {changed} have changed')
+      return None
+    return state, position
+
+  def _warn(self, step: int, why: str) -> None:
+    logging.warning(
+      'Checkpoint %s/%d is damaged (%s); trying the one before it.', self._directory, step, why
+    )
 
   def _check_damaged(self, step: int, error: Exception) -> None:
     """Returns only if an error of reading is evidence that the checkpoint is damaged.
@@ -163,7 +188,8 @@ class StageCheckpoints:
       out_of_memory = isinstance(cause, MemoryError) or 'RESOURCE_EXHAUSTED' in str(cause)
       if out_of_memory or isinstance(cause, jax.errors.JaxRuntimeError):
         raise error
-    if not isinstance(error, _DAMAGE):
+    # Of arrays that several processes read in parts, Orbax says it in an exception of no kind.
+    if not any(isinstance(cause, _DAMAGE) for cause in causes(error)):
       raise error
 
   def _refusal(self, step: int) -> str | None:
@@ -172,6 +198,8 @@ class StageCheckpoints:
     def fail(error: OSError):
       raise error
 
+    if not isinstance(self._directory, pathlib.Path):
+      return None  # An object store says itself what it refuses.
     try:
       for directory, _, names in os.walk(self._directory / str(step), onerror=fail):
         for name in names:
@@ -193,24 +221,38 @@ class StageCheckpoints:
         'or choose another --workdir.'
       )
 
-  def _verify(self, state: PyTree, metadata: dict[str, Any]) -> None:
-    for path, crc in _checksums(state).items():
-      if metadata['checksums'].get(path) != crc:
-        raise ValueError(f'the bytes of {path} have changed')
-
   def _set_aside(self, step: int) -> None:
     """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
-    target = self._directory.with_name(f'{self._directory.name}.damaged-{step}')
-    serial = 0
-    while target.exists():
-      serial += 1
-      target = target.with_name(f'{self._directory.name}.damaged-{step}.{serial}')
-    (self._directory / str(step)).rename(target)
+    if distributed.is_main():
+      target = self._directory.with_name(f'{self._directory.name}.damaged-{step}')
+      serial = 0
+      while target.exists():
+        serial += 1
+        target = target.with_name(f'{self._directory.name}.damaged-{step}.{serial}')
+      (self._directory / str(step)).rename(target)
+    distributed.barrier()
     self._checkpointer.reload()
 
   def close(self) -> None:
     """Waits for what is being written and releases the directory."""
     self._checkpointer.close()
+
+
+def _changed(state: PyTree, stored: dict[str, Any]) -> str | None:
+  """The first array that is not the one that was saved; the same answer in every process."""
+  if any(isinstance(value, int) for value in stored.values()):
+    wrong = [path for path, crc in _crcs(state).items() if stored.get(path) != crc]
+    return (wrong or ['an array'])[0] if not distributed.all_true(not wrong) else None
+  return next((path for path, one in checksums(state).items() if stored.get(path) != one), None)
+
+
+def _alone() -> ocp.Context:
+  """Within it, Orbax reads what this process holds without waiting for the others."""
+  context = ocp.Context()
+  if jax.process_count() > 1:
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+  return context
 
 
 @contextlib.contextmanager

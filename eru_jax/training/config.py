@@ -7,6 +7,7 @@ range is answered by one sentence that names it.
 import dataclasses
 import difflib
 import itertools
+import math
 import pathlib
 import sys
 import types
@@ -20,8 +21,8 @@ from eru_jax.errors import UserError
 from eru_jax.files import cache_directory
 from eru_jax.flow import MAX_SHIFT_MU
 from eru_jax.models.attention import IMPLEMENTATIONS
-from eru_jax.models.flux import REMAT_POLICIES
 from eru_jax.models.lora import LoraRule
+from eru_jax.models.stack import REMAT_POLICIES
 from eru_jax.sharding import MeshConfig
 from eru_jax.training.checks import one_of, require
 from eru_jax.training.stage_config import STAGE_CONFIGS as STAGE_CONFIGS
@@ -33,6 +34,7 @@ from eru_jax.training.stage_config import (
   RewardStageConfig,
   StageConfig,
 )
+from eru_jax.training.watch import WatchConfig
 
 # MiniLM's token states and sentence vector, or its sentence vector alone; or T5's token states and
 # CLIP's pooled ones, out of the model directory.
@@ -136,6 +138,10 @@ def absolute(value: str, names: Container[str]) -> str:
   return value if value in names else str(pathlib.Path(value).expanduser().absolute())
 
 
+def _scale(value: float) -> tuple[bool, str]:
+  return 0 <= value < math.inf, 'a finite number, zero or more'
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
   """How pictures are made, in rollouts and in evaluation.
@@ -161,8 +167,8 @@ class SamplingConfig:
         self.shift_mu is None or abs(self.shift_mu) <= MAX_SHIFT_MU,
         f'from {-MAX_SHIFT_MU:g} to {MAX_SHIFT_MU:g}, or None',
       ),
-      guidance=(self.guidance >= 0, 'zero or more'),
-      cfg_scale=(self.cfg_scale >= 0, 'zero or more'),
+      guidance=_scale(self.guidance),
+      cfg_scale=_scale(self.cfg_scale),
     )
 
 
@@ -263,10 +269,10 @@ class ExperimentConfig:
     stages: names of the stages, in the order of STAGE_CONFIGS, each with a section of that name
       below.
     lora: adapter rules; empty means the whole backbone is trained.
-    adapter: a LoRA file to begin with, whose own layers and ranks take the place of `lora`; ''
-      begins with the model alone.
+    adapter: a LoRA file to begin with, whose own layers, ranks and alphas take the place of `lora`
+      (a run prints them); '' begins with the model alone.
     wandb_project: if not empty, metrics also go to this Weights & Biases project.
-    model, data, sampling, evaluation, mesh: see their classes.
+    model, data, sampling, evaluation, mesh, watch: see their classes.
     autoencoder, reward, flow_matching, dk_dm, no_rl: the stages' sections.
   """
 
@@ -281,6 +287,7 @@ class ExperimentConfig:
   sampling: SamplingConfig = SamplingConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   mesh: MeshConfig = MeshConfig()
+  watch: WatchConfig = WatchConfig()
   autoencoder: AutoencoderStageConfig = AutoencoderStageConfig()
   reward: RewardStageConfig = RewardStageConfig()
   flow_matching: FlowMatchingStageConfig = FlowMatchingStageConfig()
@@ -352,6 +359,10 @@ class ExperimentConfig:
   def stage(self, name: str) -> StageConfig:
     return getattr(self, name)
 
+  def on(self, share: int) -> 'ExperimentConfig':
+    """The config with all accumulations settled, where `share` devices split batches."""
+    return dataclasses.replace(self, **{name: self.stage(name).on(share) for name in self.stages})
+
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
   """Checks a config value against a type hint; nested dataclasses are read recursively."""
@@ -373,7 +384,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
   if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
     return _finite(value, where)
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    raise UserError(f'config: `{where}` is {value!r} but must be a {hint.__name__}.')
+    article = 'an' if hint is int else 'a'
+    raise UserError(f'config: `{where}` is {value!r} but must be {article} {hint.__name__}.')
   return value
 
 

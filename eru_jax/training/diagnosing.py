@@ -27,6 +27,7 @@ def diagnose_model(
   max_prompts: int = 128,
   timesteps: Sequence[str | float] = (0.9, 0.6, 0.3),
   seed: int = 0,
+  mesh: str | None = None,
 ) -> Diagnosis:
   """Writes output/diagnosis.json and output/diagnosis.html, and prints a short table.
 
@@ -37,6 +38,7 @@ def diagnose_model(
     max_prompts: at most this many pairs of a split.
     timesteps: noise levels in (0, 1].
     seed: of the noise.
+    mesh: as of `open_model`.
 
   Raises:
     UserError: for whatever the user can mend.
@@ -47,7 +49,7 @@ def diagnose_model(
   given = None if prompts is None else read_prompt_file(pathlib.Path(prompts).expanduser())
   texts = [text for pair in given or () for text in (pair.implicit, pair.explicit)]
   enable_compilation_cache()
-  experiment, base, workdir = open_model(model, texts)
+  experiment, base, workdir = open_model(model, texts, mesh)
   if given is None:
     splits = {name: split.pairs for name, split in experiment.world.splits.items()}
   else:

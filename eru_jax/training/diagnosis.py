@@ -10,7 +10,6 @@ ours.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +19,11 @@ import numpy as np
 
 from eru_jax import flow, sharding, similarity
 from eru_jax.data.pairs import EXPLICIT_SPLITS, KnowledgePair
+from eru_jax.distributed import to_host
 from eru_jax.errors import UserError
 from eru_jax.models.registry import DiffusionModel
 from eru_jax.rewards.emoji import TemplateJudge
+from eru_jax.training.batches import Rows, on_mesh
 from eru_jax.training.evaluation import SPLITS, draw, spread, start_noise
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.types import Conditioning
@@ -286,7 +287,7 @@ def prompt_features(
     for start in range(0, len(prompts), size):
       # The last batch is filled up, so that one compiled program serves them all.
       rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
-      found = _features(experiment, snapshot, state, t, experiment.text.take(text[rows]))
+      found = _features(experiment, snapshot, state, t, Rows(experiment.text.take, text[rows]))
       blocks, part = _in_order(snapshot.model, found)
       parts.append({stream: x[:, : len(prompts) - start] for stream, x in part.items()})
     steps.append({s: np.concatenate([part[s] for part in parts], axis=1) for s in STREAMS})
@@ -294,20 +295,21 @@ def prompt_features(
 
 
 def _features(
-  experiment: Experiment, snapshot: Snapshot, state: np.ndarray, t: float, text: Conditioning
+  experiment: Experiment, snapshot: Snapshot, state: np.ndarray, t: float, text: Rows
 ) -> dict[str, Any]:
   backbone, trainable = snapshot.backbone, snapshot.trainable
   if trainable is not None and not snapshot.model.lora:
     # In place of the base, so that one compiled program serves both.
     backbone, trainable = trainable, None
-  size = len(text.tokens)
+  size = len(text.rows)
   x_t, times = np.broadcast_to(state, (size, *state.shape)), np.full(size, t, np.float32)
+  program = sharding.compiled_whole(_forward, experiment.mesh, (0,))
+  batch = on_mesh((x_t, times, text), experiment.mesh)
   with sharding.use_mesh(experiment.mesh):
-    found = _forward(snapshot.model, backbone, trainable, x_t, times, text)
-  return jax.device_get(found)
+    found = program(snapshot.model, backbone, trainable, *batch)
+  return to_host(found)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _forward(
   model: DiffusionModel,
   backbone: PyTree,

@@ -1,7 +1,6 @@
 """Makes pictures with fixed seeds and scores them: the same code for train and evaluate."""
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +11,13 @@ import numpy as np
 
 from eru_jax import sharding
 from eru_jax.data.pairs import EXPLICIT_SPLITS, KnowledgePair
+from eru_jax.distributed import to_host
 from eru_jax.models.registry import DiffusionModel
 from eru_jax.rewards.emoji import TemplateJudge
+from eru_jax.training.batches import Rows, on_mesh
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.metrics import wilson_interval
+from eru_jax.training.watch import rest, tick
 from eru_jax.types import Conditioning
 
 PyTree = Any
@@ -54,8 +56,7 @@ def start_noise(model: DiffusionModel, seed: int, name: str, rows: np.ndarray) -
   return jax.vmap(lambda k: jax.random.normal(k, model.latent_shape))(keys)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
+def sample_and_decode(
   model: DiffusionModel,
   judge: TemplateJudge | None,
   cfg_scale: float,
@@ -66,7 +67,8 @@ def _generate(
   conditioning: Conditioning,
   null: Conditioning,
   schedule: jax.Array,
-):
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """One batch of `draw`: pictures (B, H, W, 3) uint8, what the judge sees (B,), and latents."""
   velocity_fn = model.velocity(backbone, trainable)
   latents = model.sample(velocity_fn, noise, conditioning, schedule, null, cfg_scale)
   images = model.decode(autoencoder, latents)
@@ -98,27 +100,31 @@ def draw(
     # In place of the base, so that one compiled program serves both.
     backbone, trainable = trainable, None
   schedule = experiment.schedule(snapshot.model) if schedule is None else schedule
+  program = sharding.compiled_whole(sample_and_decode, experiment.mesh, (0, 1, 2))
   text = experiment.text.index(prompts)
   size = min(experiment.config.evaluation.batch_size, len(prompts))
   parts = []
+  noise = np.asarray(noise)
   for start in range(0, len(prompts), size):
     # The last batch is filled up, so that one compiled program serves them all.
     rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
+    batch = on_mesh((noise[rows], Rows(experiment.text.take, text[rows])), experiment.mesh)
     with sharding.use_mesh(experiment.mesh):
-      part = _generate(
+      part = program(
         snapshot.model,
         judge,
         sampling.cfg_scale,
         backbone,
         trainable,
         snapshot.autoencoder,
-        jnp.asarray(noise[rows]),
-        experiment.text.take(text[rows]),
+        *batch,
         experiment.text.null,
         schedule,
       )
     kept = min(size, len(prompts) - start)
-    parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], part))
+    parts.append(jax.tree.map(lambda x, kept=kept: x[:kept], to_host(part)))
+    tick(f'picture {start + kept} of {len(prompts)}')
+  rest()
   return Generated(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 

@@ -16,11 +16,12 @@ from eru_jax import flow, sharding
 from eru_jax.data.embeddings import EmbeddingCache
 from eru_jax.data.flux_text import load_flux_text
 from eru_jax.data.pairs import KnowledgePair
-from eru_jax.data.text_encoder import TextEncoder, load_minilm
+from eru_jax.data.text_encoder import load_minilm
 from eru_jax.data.world import SAMPLE_PAIRS, World, load_emoji_world, load_prompt_world
+from eru_jax.distributed import main_first
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory
-from eru_jax.models import autoencoder_kl, lora, registry
+from eru_jax.models import lora, registry
 from eru_jax.models.minilm import sentence_conditioning
 from eru_jax.training.config import (
   DATA_FILES,
@@ -35,14 +36,13 @@ from eru_jax.training.config import (
   absolute,
   model_path,
 )
+from eru_jax.training.modules import build_model, described, int8_layers
 from eru_jax.types import Conditioning, VelocityFn
 from eru_jax.weights import model_directory
 from eru_jax.weights.lora_io import import_lora
 from eru_jax.weights.tiny_models import write_tiny_clip, write_tiny_flux
 
 PyTree = Any
-# What is kept in int8, if anything is: the blocks, which are nearly all of a backbone.
-_INT8_LAYERS = 'transformer_blocks'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,6 @@ class TextTable:
   def in_memory(
     cls,
     cache: EmbeddingCache,
-    encoder: TextEncoder,
     prompts: Sequence[str],
     sentence_only: bool = False,
   ) -> 'TextTable':
@@ -71,12 +70,11 @@ class TextTable:
 
     Args:
       cache: embeddings on disk.
-      encoder: makes those that are not there.
       prompts: texts, repeats allowed.
       sentence_only: keep of each prompt its sentence vector alone, see `sentence_conditioning`.
     """
     unique = list(dict.fromkeys(prompts))
-    parts = [encoder.null_conditioning()] + ([cache.lookup(unique)] if unique else [])
+    parts = [cache.null()] + ([cache.lookup(unique)] if unique else [])
     conditioning = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     if sentence_only:
       conditioning = sentence_conditioning(conditioning)
@@ -84,7 +82,7 @@ class TextTable:
     def take(rows: np.ndarray) -> Conditioning:
       return jax.tree.map(lambda x: x[rows], conditioning)
 
-    return cls(_numbered(unique), take, take(np.zeros(1, np.int32)))
+    return cls(numbered(unique), take, take(np.zeros(1, np.int32)))
 
   @classmethod
   def on_disk(cls, cache: EmbeddingCache, prompts: Sequence[str]) -> 'TextTable':
@@ -93,7 +91,7 @@ class TextTable:
     cache.fill(unique)
     texts = ['', *unique]
     return cls(
-      _numbered(unique), lambda rows: cache.read([texts[row] for row in rows]), cache.read([''])
+      numbered(unique), lambda rows: cache.read([texts[row] for row in rows]), cache.null()
     )
 
   def index(self, prompts: Sequence[str]) -> np.ndarray:
@@ -101,7 +99,8 @@ class TextTable:
     return np.array([self.rows[prompt] for prompt in prompts], np.int32)
 
 
-def _numbered(prompts: Sequence[str]) -> dict[str, int]:
+def numbered(prompts: Sequence[str]) -> dict[str, int]:
+  """Rows of different prompts, behind the empty one."""
   return {'': 0} | {prompt: row for row, prompt in enumerate(prompts, start=1)}
 
 
@@ -136,12 +135,15 @@ class Experiment:
     mesh: the devices.
     world: pairs, and pictures where there are any.
     text: embeddings of all prompts.
+    planned: whether the mesh is of devices that are not there, so that arrays are described, as
+      ShapeDtypeStructs, and not made.
   """
 
   config: ExperimentConfig
   mesh: Mesh
   world: World
   text: TextTable
+  planned: bool = False
 
   def schedule(self, model: registry.DiffusionModel, num_steps: int | None = None) -> jax.Array:
     """Solver grid of a model's pictures: of evaluation, or of so many steps."""
@@ -161,45 +163,79 @@ class Experiment:
   def prompts(self, split: str) -> tuple[KnowledgePair, ...]:
     return self.world.splits[split].pairs if split in self.world.splits else ()
 
+  def place(self, tree: PyTree, layout: PyTree | None = None) -> PyTree:
+    """Puts arrays onto the mesh: a copy on every device, or as a layout says."""
+    layout = sharding.replicated(self.mesh) if layout is None else layout
+    return sharding.described(tree, layout) if self.planned else jax.device_put(tree, layout)
 
-def open_text(settings: ModelConfig, prompts: Sequence[str]) -> TextTable:
-  """Embeds prompts through the shared cache, with the text encoder that the model was made for."""
-  directory = cache_directory() / 'text'
+  def share(self, tree: PyTree) -> PyTree:
+    """Puts arrays (N, ...) onto the mesh, every device taking some rows; some may be added."""
+
+    def even(x: Any) -> Any:
+      missing = -x.shape[0] % sharding.batch_share(self.mesh)
+      if not missing:
+        return x
+      if self.planned:
+        return jax.ShapeDtypeStruct((x.shape[0] + missing, *x.shape[1:]), x.dtype)
+      return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+
+    even_tree = jax.tree.map(even, tree)
+    return self.place(even_tree, jax.tree.map(lambda _: sharding.split_first(self.mesh), tree))
+
+  def initialise(self, init: Callable[[], PyTree]) -> PyTree:
+    """Parameters by an initialiser of boxed ones, laid out over the mesh; see `init_sharded`."""
+    if not self.planned:
+      return init_sharded(init, self.mesh)
+    boxed = jax.eval_shape(init)
+    layout = sharding.logical_shardings(boxed, self.mesh)
+    return sharding.described(sharding.unboxed(boxed), layout)
+
+
+def open_text(settings: ModelConfig, prompts: Sequence[str], mesh: Mesh) -> TextTable:
+  """Embeds prompts through the shared cache, with the text encoder that the model was made for.
+
+  Raises:
+    UserError: if the encoder is missing, damaged, or makes what the backbone does not take.
+  """
+  # Encoders run on this process's own devices, so that nobody else has to take part.
+  if mesh.is_multi_process:
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.local_devices())
+  with main_first():
+    return _embedded(settings, prompts, cache_directory() / 'text', mesh)
+
+
+def _embedded(
+  settings: ModelConfig, prompts: Sequence[str], directory: pathlib.Path, mesh: Mesh
+) -> TextTable:
   if settings.text_encoder != 'flux':
     encoder = load_minilm(max_length=settings.text_length)
+    _check_widths(settings, encoder.widths)
     cache = EmbeddingCache(directory, encoder)
-    return TextTable.in_memory(cache, encoder, prompts, settings.sentence_only)
+    return TextTable.in_memory(cache, prompts, settings.sentence_only)
   encoder = load_flux_text(
-    model_path(settings.source), settings.text_length, settings.dtype, keep_resident=True
+    model_path(settings.source), settings.text_length, settings.dtype, keep_resident=True, mesh=mesh
   )
+  _check_widths(settings, encoder.widths)
   table = TextTable.on_disk(EmbeddingCache(directory, encoder), prompts)
   encoder.release()
   return table
 
 
-def _build_model(
-  config: ExperimentConfig,
-  family: registry.ModelFamily,
-  architecture: Any,
-  autoencoder: autoencoder_kl.AutoencoderConfig,
-) -> registry.DiffusionModel:
-  settings = config.model
-  backbone = family.backbone(
-    architecture,
-    dtype=jnp.dtype(settings.dtype),
-    scan=settings.scan,
-    remat=settings.remat,
-    attention=settings.attention,
-  )
-  return registry.DiffusionModel(
-    family,
-    backbone,
-    autoencoder_kl.AutoencoderKL(autoencoder),
-    settings.resolution,
-    settings.resolution,
-    config.sampling.guidance,
-    config.lora,
-  )
+def _check_widths(settings: ModelConfig, made: tuple[int, int]) -> None:
+  """Raises UserError unless the backbone takes token states and pooled vectors of these widths."""
+  if settings.source == 'scratch':
+    where = 'model.architecture'
+    backbone = registry.family(settings.family).config.from_dict(settings.architecture)
+  else:
+    where = str(model_path(settings.source))
+    backbone = model_directory.architecture(where)
+  taken = (backbone.joint_attention_dim, backbone.pooled_projection_dim)
+  if taken != made:
+    raise UserError(
+      f'{where}: the backbone takes token states of {taken[0]} and pooled vectors of {taken[1]} '
+      f'channels (joint_attention_dim, pooled_projection_dim), but the text encoder '
+      f'{settings.text_encoder!r} makes {made[0]} and {made[1]}: take both from the same model.'
+    )
 
 
 # What a model has that does not say otherwise.
@@ -270,24 +306,21 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
   """
   settings = config.model
   if settings.source == 'scratch':
-    family = registry.family(settings.family)
-    architecture = family.config.from_dict(settings.architecture)
-    autoencoder = autoencoder_kl.AutoencoderConfig.from_dict(settings.autoencoder)
-    model = _build_model(config, family, architecture, autoencoder)
+    model = described(config)
+    autoencoder = model.autoencoder.config
     key = jax.random.key(config.seed)
     backbone = init_sharded(lambda: model.init(key, settings.num_text_tokens), mesh)
     pixels = settings.resolution
     images = jnp.zeros((1, pixels, pixels, autoencoder.in_channels // autoencoder.patch_size**2))
     params = init_sharded(lambda: model.autoencoder.init(key, images)['params'], mesh)
     return Snapshot(model, backbone, params)
-  int8 = settings.params == 'int8'
   stored = model_directory.load(
     model_path(settings.source),
     mesh,
-    settings.dtype if int8 else settings.params,
-    int8=_INT8_LAYERS if int8 else None,
+    settings.dtype if settings.params == 'int8' else settings.params,
+    int8_layers(settings),
   )
-  model = _build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
+  model = build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
   snapshot = Snapshot(model, stored.backbone, stored.autoencoder, reward=stored.reward)
   if not config.adapter:
     return snapshot
@@ -352,7 +385,8 @@ def open_experiment(
     UserError: for bad data, a bad model, or missing packages.
   """
   config = resolve(config)
-  world = open_world(config.data)
+  with main_first():
+    world = open_world(config.data)
   size = config.model.resolution if world.pictures is None else world.pictures.images.shape[1]
   if config.model.resolution != size and not any_size:
     raise UserError(
@@ -360,7 +394,7 @@ def open_experiment(
       f'{size} x {size} pixels: set it to {size}.'
     )
   # Before the backbone is there, as encoders are large themselves.
-  text = open_text(config.model, [*world.all_prompts, *extra_prompts])
+  text = open_text(config.model, [*world.all_prompts, *extra_prompts], mesh)
   return Experiment(config, mesh, world, text), load_snapshot(config, mesh)
 
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 import pathlib
-import signal
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,11 +13,13 @@ from jax.sharding import Mesh
 
 from eru_jax import sharding
 from eru_jax.errors import UserError
+from eru_jax.training.batches import on_mesh
 from eru_jax.training.checkpoint import StageCheckpoints
 from eru_jax.training.metrics import MetricWriter, Progress
 from eru_jax.training.stage_config import StageConfig
 from eru_jax.training.state import init_state
 from eru_jax.training.step import StageProgram, compile_stage
+from eru_jax.training.watch import watching
 
 PyTree = Any
 # Updates in a row that may be skipped for non-finite values before the run gives up.
@@ -36,7 +36,9 @@ class Stage:
     make_frozen: makes what the program only reads (teacher pictures and the like). Called only
       if there is anything left to train.
     batches: iterator of index batches, with `get_state` and `set_state`.
-    assemble: index batch -> arrays for the program.
+    assemble: index batch -> arrays for the program, or `batches.Rows` of what is read row by row.
+    consumes: whether nobody needs `trainable` once there is a state: a large network's room is then
+      given back before training.
   """
 
   program: StageProgram
@@ -44,24 +46,7 @@ class Stage:
   make_frozen: Callable[[], PyTree]
   batches: Iterator[Any]
   assemble: Callable[[Any], PyTree]
-
-
-class Preemption:
-  """Notices SIGTERM, so that the loop can save and leave between two iterations."""
-
-  def __init__(self):
-    self.requested = False
-
-  def __enter__(self) -> 'Preemption':
-    self._previous = signal.signal(signal.SIGTERM, self._notice)
-    return self
-
-  def __exit__(self, *unused) -> None:
-    signal.signal(signal.SIGTERM, self._previous)
-
-  def _notice(self, number: int, frame: types.FrameType | None) -> None:
-    del number, frame
-    self.requested = True
+  consumes: bool = False
 
 
 def run_stage(
@@ -71,7 +56,7 @@ def run_stage(
   key: jax.Array,
   mesh: Mesh,
   workdir: pathlib.Path,
-  writer: MetricWriter,
+  writer: MetricWriter | None,
   stage_order: tuple[str, ...],
 ) -> PyTree:
   """Trains a stage, continuing from its newest checkpoint if it has one.
@@ -83,7 +68,7 @@ def run_stage(
     key: the stage's randomness; each iteration folds its step in.
     mesh: devices; the optimiser's state is laid out over it like the parameters.
     workdir: checkpoints go to workdir/checkpoints/<name>.
-    writer: metrics go here.
+    writer: metrics go here; None in processes that write none.
     stage_order: all stages of the run, to cut metrics that a killed run wrote too many.
 
   Returns:
@@ -91,10 +76,10 @@ def run_stage(
 
   Raises:
     UserError: if too many updates in a row are not finite, or the disk is full.
-    SystemExit: with status 0, after saving, on SIGTERM.
+    SystemExit: with status 0, after saving, on SIGTERM in any process.
   """
   program = stage.program
-  optimizer, start, like = _initialiser(stage, config, mesh)
+  optimizer, start, like = initialiser(stage, config, mesh)
   layout = jax.tree.map(lambda x: x.sharding, like)
   checkpoints = StageCheckpoints(workdir / 'checkpoints' / name)
   restored = checkpoints.restore(like)
@@ -104,17 +89,25 @@ def run_stage(
     state, position = restored
     stage.batches.set_state(position)
   first = int(state.step)
+  if stage.consumes:
+    jax.block_until_ready(state)
+    for array in {id(leaf): leaf for leaf in jax.tree.leaves(stage.trainable)}.values():
+      array.delete()
 
   if first < config.num_steps:
     # What a killed run wrote after this checkpoint will be written again.
-    writer.truncate_after(stage_order, name, first)
+    if writer is not None:
+      writer.truncate_after(stage_order, name, first)
     frozen = stage.make_frozen()
     iterate = compile_stage(program, optimizer, config.optimizer.ema_decay, layout)
-    progress = Progress(config.num_steps, name, initial=first)
+    progress = None
+    if writer is not None:
+      progress = Progress(config.num_steps, name, initial=first)
     logged, logged_at = first, time.monotonic()
-    with Preemption() as preemption:
+    with watching() as watch:
       for step in range(first, config.num_steps):
-        batch = stage.assemble(next(stage.batches))
+        batch = on_mesh(stage.assemble(next(stage.batches)), mesh)
+        watch.mark(f'step {step + 1} of {name}, its batch read')
         state, measurements = iterate(state, frozen, batch, key)
         done = step + 1
         if done % config.log_every == 0 or done in (1, config.num_steps):
@@ -123,22 +116,29 @@ def run_stage(
           now = time.monotonic()
           values['time_per_step'] = (now - logged_at) / (done - logged)
           logged, logged_at = done, now
-          writer.write(name, done, values)
+          if writer is not None:
+            writer.write(name, done, values)
           _check_health(name, done, values, config)
-          progress.update(done, loss=values['loss'])
-        if done % config.save_every == 0 or done == config.num_steps or preemption.requested:
-          writer.flush()
+          if progress is not None:
+            progress.update(done, loss=values['loss'])
+        stops = watch.tick(f'step {done} of {name}, done')
+        if done % config.save_every == 0 or done == config.num_steps or stops:
+          if writer is not None:
+            writer.flush()
           checkpoints.save(done, state, stage.batches.get_state())
-        if preemption.requested:
-          progress.close()
+        if stops:
+          if progress is not None:
+            progress.close()
           checkpoints.close()
           raise SystemExit(0)
-    progress.close()
+      watch.rest()
+    if progress is not None:
+      progress.close()
   checkpoints.close()
   return state.ema
 
 
-def _initialiser(stage: Stage, config: StageConfig, mesh: Mesh) -> tuple[Any, Callable, PyTree]:
+def initialiser(stage: Stage, config: StageConfig, mesh: Mesh) -> tuple[Any, Callable, PyTree]:
   """The optimiser, params -> fresh state, and the state's shapes, dtypes and shardings."""
   program = stage.program
   updates = config.num_steps * program.updates_per_batch
@@ -168,7 +168,7 @@ def load_result(
   if not directory.is_dir():
     return None
   checkpoints = StageCheckpoints(directory)
-  restored = checkpoints.restore(_initialiser(stage, config, mesh)[2], repair=False)
+  restored = checkpoints.restore(initialiser(stage, config, mesh)[2], repair=False)
   checkpoints.close()
   if restored is None:
     return None

@@ -14,7 +14,7 @@ import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eru_jax.errors import UserError
@@ -91,12 +91,18 @@ class MetricWriter:
   In a multi-host run only the first process should own one.
   """
 
-  def __init__(self, workdir: str | os.PathLike, wandb_project: str | None = None):
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    wandb_project: str | None = None,
+    after_flush: Callable[[], None] = lambda: None,
+  ):
     """Opens (or goes on with) the metrics of a working directory.
 
     Args:
       workdir: made if missing.
       wandb_project: project at Weights & Biases, or None to leave it out.
+      after_flush: called whenever everything has been put on disk.
 
     Raises:
       UserError: if Weights & Biases is asked for but not installed, or if metrics.jsonl is damaged
@@ -104,6 +110,7 @@ class MetricWriter:
     """
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / 'metrics.jsonl'
+    self._after_flush = after_flush
     self._boards: dict[str, Any] = {}
     self._written: set[tuple] = set()
     self._wandb_stages: set[str] = set()
@@ -177,6 +184,7 @@ class MetricWriter:
     os.fsync(self._file.fileno())
     for board in self._boards.values():
       board.flush()
+    self._after_flush()
 
   def close(self) -> None:
     """Flushes and closes; a second call does nothing."""

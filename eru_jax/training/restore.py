@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from eru_jax import sharding
 from eru_jax.errors import UserError
@@ -22,6 +23,9 @@ from eru_jax.training.loop import load_result
 from eru_jax.training.stages import STAGES, evaluated_as
 from eru_jax.weights import model_directory
 
+# Of a device's memory: backbones that take more are split over all devices.
+_SHARE = 0.5
+
 
 def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path | None]:
   """The experiment behind `--model`, resolved, and its workdir if it is one.
@@ -32,12 +36,16 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
   Raises:
     UserError: if it is none of these.
   """
+  if '://' in model:
+    raise UserError(f'--model={model} is not on this machine: copy it to a directory first.')
   path = pathlib.Path(model).expanduser()
   if (path / 'config.json').is_file():
     try:
       values, _ = workdir_lib.read_config(path)
     except (OSError, ValueError) as error:
-      raise UserError(f'{path / "config.json"} cannot be read: {error}.') from error
+      raise UserError(
+        f'{path / "config.json"} cannot be read ({error}): put back a copy of it.'
+      ) from error
     config = config_lib.from_mapping(config_lib.ExperimentConfig, values)
     return resolve(config), path.absolute()
   named = model in config_lib.MODEL_NAMES and model != 'scratch'
@@ -67,23 +75,40 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
 
 
 def open_model(
-  model: str, prompts: Sequence[str], **overrides: Any
+  model: str, prompts: Sequence[str], mesh: str | None = None, /, **overrides: Any
 ) -> tuple[Experiment, Snapshot, pathlib.Path | None]:
   """The experiment with these prompts embedded, its base model, and its workdir.
 
   Args:
     model: as in `read_config`.
     prompts: prompts that will be drawn.
+    mesh: as in `sharding.parse_mesh`; None copies a backbone that is small beside the memory of a
+      device to all devices, and splits another one over them.
     **overrides: fields of ExperimentConfig to replace.
 
   Raises:
-    UserError: as `read_config`, or for bad prompts.
+    UserError: as `read_config`, or for bad prompts or a mesh that is not there.
   """
+  sizes = None if mesh is None else sharding.parse_mesh(mesh)
   config, workdir = read_config(model)
-  config = dataclasses.replace(config, mesh=sharding.MeshConfig(), **overrides)
-  mesh = sharding.make_mesh(config.mesh)
-  experiment, snapshot = open_experiment(config, mesh, prompts, any_size=True)
+  config = dataclasses.replace(config, **overrides)
+  config = dataclasses.replace(config, mesh=sizes or _mesh_for(config.model))
+  devices = sharding.make_mesh(config.mesh)
+  experiment, snapshot = open_experiment(config, devices, prompts, any_size=True)
   return experiment, snapshot, workdir
+
+
+def _mesh_for(settings: config_lib.ModelConfig) -> sharding.MeshConfig:
+  """Where a model is drawn with if nobody says: whole on each device, or split over all."""
+  # On a CPU, nobody says how much there is.
+  memory = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+  if jax.device_count() == 1 or memory is None or settings.source == 'scratch':
+    return sharding.MeshConfig()
+  count = model_directory.backbone_size(config_lib.model_path(settings.source))
+  itemsize = 1 if settings.params == 'int8' else np.dtype(settings.params).itemsize
+  if count * itemsize > _SHARE * memory:
+    return sharding.MeshConfig(data=1, fsdp=-1)
+  return sharding.MeshConfig()
 
 
 def snapshots(

@@ -1,5 +1,6 @@
 """A whole experiment, told from config to report."""
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -14,13 +15,14 @@ from typing import Any
 
 import jax
 
-from eru_jax import sharding
+from eru_jax import distributed, sharding
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory, replace_file
 from eru_jax.models import lora
 from eru_jax.training import config as config_lib
 from eru_jax.training import experiment as experiment_lib
+from eru_jax.training import modules
 from eru_jax.training import workdir as workdir_lib
 from eru_jax.training.diagnosis import diagnose, pairs_to_compare
 from eru_jax.training.evaluation import Evaluation, evaluate, judge_of
@@ -28,11 +30,14 @@ from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.gallery import gallery_rows, save_grids
 from eru_jax.training.loop import run_stage
 from eru_jax.training.metrics import MetricWriter, read_metrics
+from eru_jax.training.mirror import Workdir
 from eru_jax.training.report import ReportData, write_report
-from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as, no_rl
+from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as, flow_matching, no_rl
+from eru_jax.training.watch import watching
 from eru_jax.weights import model_directory
-from eru_jax.weights.conversion import carry_over
+from eru_jax.weights.conversion import MODEL, carry_over
 from eru_jax.weights.lora_io import export_lora
+from eru_jax.weights.lora_layers import layers
 
 _NOTES = {
   'emoji': (
@@ -53,22 +58,35 @@ def train(config_values: Any, workdir: str) -> None:
   Raises:
     UserError: for whatever the user can mend.
   """
-  began = time.monotonic()
   config = config_lib.from_mapping(config_lib.ExperimentConfig, config_values)
-  config = experiment_lib.resolve(config)
-  directory = pathlib.Path(workdir).expanduser().absolute()
-  workdir_lib.claim(directory, config_lib.to_json(config))
+  with watching(config.watch):
+    _train(config, workdir)
+
+
+def _train(config: config_lib.ExperimentConfig, workdir: str) -> None:
+  """The run; every process goes through all of it, and process 0 alone writes and prints."""
+  began = time.monotonic()
+  enable_compilation_cache()
+  with distributed.main_first():
+    config = experiment_lib.resolve(config)
+  place = Workdir(workdir)
+  workdir_lib.join(place, config_lib.to_json(config))
+  directory = place.local
   summary_path = directory / 'summary.json'
-  if summary_path.is_file():
-    print(f'This run is finished: {directory / "report.html"}')
+  if distributed.agreed(summary_path.is_file):
+    distributed.announce(f'This run is finished: {place.place / "report.html"}')
     return
 
   seconds = _Stopwatch(directory / 'seconds.json')
-  enable_compilation_cache()
   mesh = sharding.make_mesh(config.mesh)
+  config = config.on(sharding.batch_share(mesh))
   print_plan(config, mesh)
+  modules.check_training(config)
   if 'no_rl' in config.stages:
-    no_rl.check_reward(config.no_rl)
+    with distributed.main_first():
+      no_rl.check_reward(config.no_rl)
+  if 'flow_matching' in config.stages:
+    flow_matching.check_pictures(config.data)
 
   with seconds('load'):
     experiment, snapshot = experiment_lib.open_experiment(config, mesh)
@@ -78,17 +96,26 @@ def train(config_values: Any, workdir: str) -> None:
 
   def measure(label: str, snapshot: Snapshot) -> None:
     found = workdir_lib.load_evaluation(directory, label)
-    if found is None:
+    # A disk that is slow to show what has been written may show it to some only.
+    if not distributed.all_true(found is not None):
       with seconds(f'evaluate {label}'):
         found = evaluate(experiment, snapshot, judge, evaluations.get('base'))
-      workdir_lib.save_evaluation(directory, label, found)
+      if distributed.is_main():
+        workdir_lib.save_evaluation(directory, label, found)
+        place.push()
     evaluations[label], snapshots[label] = found, snapshot
-    print(f'{label:>10}: ' + describe(found.scores), flush=True)
+    distributed.announce(f'{label:>10}: ' + describe(found.scores))
 
-  with MetricWriter(directory, config.wandb_project or None) as writer, sharding.use_mesh(mesh):
+  with contextlib.ExitStack() as stack:
+    writer = None
+    if distributed.is_main():
+      writer = MetricWriter(directory, config.wandb_project or None, place.push)
+      stack.enter_context(writer)
+    stack.enter_context(sharding.use_mesh(mesh))
     if config.model.source != 'scratch':
       measure('base', dataclasses.replace(snapshot, trainable=None))
     if snapshot.trainable is not None:
+      print(describe_adapter(config, snapshot), flush=True)
       measure('adapter', snapshot)
     for name in config.stages:
       module = STAGES[name]
@@ -96,23 +123,27 @@ def train(config_values: Any, workdir: str) -> None:
       with seconds(name):
         stage = module.build(experiment, snapshot, stage_config)
         key = experiment.key(f'stage {name}')
-        params = run_stage(name, stage, stage_config, key, mesh, directory, writer, config.stages)
+        params = run_stage(name, stage, stage_config, key, mesh, place.place, writer, config.stages)
         snapshot = module.absorb(experiment, snapshot, params)
         export_adapter(directory / 'adapters', name, snapshot)
       label = evaluated_as(name, config.model.source)
       if label:
         measure(label, snapshot)
-    if set(config.stages) & set(PRETRAINING) and not _trains_adapters(config):
-      save_model(directory / 'model', experiment.config, snapshot)
+    if trains_whole(config, snapshot):
+      with seconds('save'):
+        save_model(directory / MODEL, experiment.config, snapshot)
     diagnosis = None
     groups = _pairs_to_compare(experiment) if snapshots else {}
     if groups:
       with seconds('knowledge structure'):
         seed = config.evaluation.seed
         diagnosis = diagnose(experiment, snapshots.items(), groups, seed=seed, judge=judge)
-      values = json.dumps(diagnosis.to_json(), indent=1) + '\n'
-      replace_file(directory / 'diagnosis.json', values.encode())
+      if distributed.is_main():
+        values = json.dumps(diagnosis.to_json(), indent=1) + '\n'
+        replace_file(directory / 'diagnosis.json', values.encode())
 
+  if not distributed.is_main():
+    return
   summary = {
     'stages': {label: found.scores for label, found in evaluations.items()},
     'seconds': {**seconds.total, 'this start': time.monotonic() - began},
@@ -121,7 +152,7 @@ def train(config_values: Any, workdir: str) -> None:
   }
   rows = gallery_rows(experiment, evaluations)
   save_grids(directory / 'samples', rows)
-  report = write_report(
+  write_report(
     directory,
     ReportData(
       config.title,
@@ -134,12 +165,17 @@ def train(config_values: Any, workdir: str) -> None:
     ),
   )
   replace_file(summary_path, (json.dumps(summary, indent=2) + '\n').encode())
-  print(f'Report: {report}')
+  place.push()
+  print(f'Report: {place.place / "report.html"}')
 
 
-def _trains_adapters(config: config_lib.ExperimentConfig) -> bool:
-  """Whether the backbone stays as it was; pretraining in the emoji world takes no adapters."""
-  return config.data.world == 'prompts' and bool(config.lora or config.adapter)
+def trains_whole(config: config_lib.ExperimentConfig, last: Snapshot) -> bool:
+  """Whether a run has trained whole networks, so that adapters alone do not say what it came to."""
+  if last.trainable is not None and not last.model.lora:
+    return True
+  # Pretraining in the emoji world takes no adapters.
+  adapters = config.data.world == 'prompts' and bool(config.lora or config.adapter)
+  return bool(set(config.stages) & set(PRETRAINING)) and not adapters
 
 
 def _pairs_to_compare(experiment: Experiment) -> dict[str, list[KnowledgePair]]:
@@ -154,43 +190,68 @@ def _pairs_to_compare(experiment: Experiment) -> dict[str, list[KnowledgePair]]:
 def save_model(
   directory: pathlib.Path, config: config_lib.ExperimentConfig, snapshot: Snapshot
 ) -> None:
-  """Writes a pretrained model, with the text encoders and tokenisers of the one it came from."""
-  if config.model.text_encoder == 'flux':
-    carry_over(config_lib.model_path(config.model.source), directory)
-  model_directory.save(directory, stored_model(config, snapshot))
+  """Writes the model that a run has trained, with the text encoders of the one it came from."""
+  stored = stored_model(config, snapshot)
+  if distributed.is_main():
+    if config.model.text_encoder == 'flux':
+      carry_over(config_lib.model_path(config.model.source), directory)
+    model_directory.save(directory, stored)
 
 
 def stored_model(
   config: config_lib.ExperimentConfig, snapshot: Snapshot
 ) -> model_directory.StoredModel:
-  """What a pretraining run hands on as a model directory."""
+  """What a run that trained whole networks hands on; of several processes, process 0 has it."""
   settings = {
     'text_encoder': config.model.text_encoder,
     'text_length': config.model.text_length,
     'resolution': config.model.resolution,
     'sampling': dataclasses.asdict(config.sampling),
   }
+  whole = snapshot.trainable is not None and not snapshot.model.lora
+
+  def to_host(tree: Any) -> Any:
+    # Of arrays that this process sees whole, `save` fetches one after the other.
+    several = jax.process_count() > 1
+    return distributed.to_host(tree, keep=distributed.is_main()) if several else tree
+
   return model_directory.StoredModel(
     snapshot.model.family,
     snapshot.model.backbone.config,
-    jax.device_get(snapshot.backbone),
+    to_host(snapshot.trainable if whole else snapshot.backbone),
     snapshot.model.autoencoder.config,
-    jax.device_get(snapshot.autoencoder),
+    to_host(snapshot.autoencoder),
     settings,
-    None if snapshot.reward is None else jax.device_get(snapshot.reward),
+    to_host(snapshot.reward),
   )
 
 
 def export_adapter(directory: pathlib.Path, name: str, snapshot: Snapshot) -> None:
-  """Writes a trained adapter as diffusers and as ComfyUI read it, if it is not all zero."""
+  """Writes a trained adapter as diffusers and as ComfyUI read it, if it is not all zero.
+
+  In the dtype of the run's computation, to which its layers cast it anyway.
+  """
   model = snapshot.model
   if snapshot.trainable is None or not model.lora:
     return
-  adapter = jax.device_get(snapshot.trainable)
-  if not lora.is_zero(adapter):
+  adapter = distributed.to_host(snapshot.trainable)
+  if distributed.is_main() and not lora.is_zero(adapter):
     for form, suffix in (('diffusers', ''), ('kohya', '_kohya')):
       path = directory / f'{name}{suffix}.safetensors'
-      export_lora(path, adapter, model.lora, model.backbone.config, form)
+      export_lora(path, adapter, model.lora, model.backbone.config, form, model.backbone.dtype)
+
+
+def describe_adapter(config: config_lib.ExperimentConfig, snapshot: Snapshot) -> str:
+  """Which ranks and alphas an adapter that a run begins with has, and whether `lora` has others."""
+  found = lora.sizes(snapshot.trainable, snapshot.model.lora)
+  counts = collections.Counter(found.values())
+  parts = [f'rank {r} and alpha {a:g} in {n} kinds of layers' for (r, a), n in counts.items()]
+  text = f'adapter: {", ".join(parts)}, from {config.adapter}'
+  known = {layer.path for layer in layers(snapshot.model.backbone.config).values()}
+  asked = {path: rule for path in known if (rule := lora.rule_of(path, config.lora))}
+  if config.lora and {path: (rule.rank, rule.alpha) for path, rule in asked.items()} != found:
+    text += '\nconfig.lora has other layers, ranks or alphas, which do not count beside an adapter'
+  return text
 
 
 def describe(scores: dict[str, Any]) -> str:
@@ -209,44 +270,35 @@ def describe(scores: dict[str, Any]) -> str:
 def print_plan(config: config_lib.ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
   """Prints the batch arithmetic, which is what users of RL code misread most."""
   devices = mesh.devices.size
-  share = mesh.shape['data'] * mesh.shape['fsdp']
+  share = sharding.batch_share(mesh)
   kind = mesh.devices.flat[0].device_kind
-  print(f'{devices} device(s) of kind {kind}, mesh {dict(mesh.shape)}')
+  processes = jax.process_count()
+  where = f' in {processes} processes' if processes > 1 else ''
+  announce = distributed.announce
+  announce(f'{devices} device(s) of kind {kind}{where}, mesh {dict(mesh.shape)}')
   for name in config.stages:
     stage = config.stage(name)
-    if name == 'dk_dm':
-      kept = stage.rollouts * stage.states_per_rollout
-      sizes = {
-        'teacher states': stage.teacher_batch,
-        f'rollout states ({stage.rollouts} rollouts x {stage.states_per_rollout})': kept,
-        'preservation states': stage.preservation_batch,
-      }
-    elif name == 'no_rl':
-      images = stage.prompts_per_step * stage.images_per_prompt
-      states = images * stage.timesteps_per_image
-      updates = stage.updates_per_step
-      sizes = {
-        f'rollouts ({stage.prompts_per_step} prompts x {stage.images_per_prompt} images)': images,
-        f'states ({stage.timesteps_per_image} timesteps each) in {updates} updates': states,
-      }
-    else:
-      sizes = {'examples': stage.batch_size}
+    sizes = stage.kinds
     text = ' + '.join(f'{size} {what}' for what, size in sizes.items())
-    print(f'{name}: {stage.num_steps} steps of {text}, accumulation {stage.accumulation}')
+    announce(f'{name}: {stage.num_steps} steps of {text}, accumulation {stage.accumulation}')
     for what, size in sizes.items():
       if size % (share * stage.accumulation):
         raise UserError(
           f'{name}: {size} {what} cannot be split over {share} devices (data x fsdp) x '
           f'{stage.accumulation} accumulation steps: choose a multiple.'
         )
-  sys.stdout.flush()
 
 
 def enable_compilation_cache() -> None:
-  """Compiled programs outlive the process: a second start compiles (almost) nothing."""
-  directory = cache_directory() / 'xla'
-  jax.config.update('jax_compilation_cache_dir', str(directory))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  """Compiled programs outlive the process: a second start compiles nothing.
+
+  What the user has set, JAX_COMPILATION_CACHE_DIR and its like, is left alone.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update('jax_compilation_cache_dir', str(cache_directory() / 'xla'))
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    # A start compiles hundreds of small programs, which together take longer than a large one.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def versions() -> dict[str, str]:
@@ -284,6 +336,8 @@ class _Stopwatch:
   def __exit__(self, failure: type[BaseException] | None, *unused) -> None:
     spent = time.monotonic() - self._began
     self.total[self._phase] = self.total.get(self._phase, 0.0) + spent
+    if not distributed.is_main():
+      return
     # On a full disk, what failed before says more than that this fails too.
     with contextlib.suppress(*([UserError] if failure else [])):
       replace_file(self._path, json.dumps(self.total).encode())

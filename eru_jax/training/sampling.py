@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import pathlib
 import zipfile
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from eru_jax import flow
 from eru_jax.data.image_files import read_image
@@ -17,11 +19,17 @@ from eru_jax.data.pairs import read_lines, read_prompt_file
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
 from eru_jax.files import check_directory, replace_file
+from eru_jax.training.config import SamplingConfig
 from eru_jax.training.evaluation import draw, judge_of, start_noise
 from eru_jax.training.experiment import with_adapters
+from eru_jax.training.modules import described
 from eru_jax.training.pictures import enlargement, image_grid, png_bytes, save_png
 from eru_jax.training.restore import open_model, read_config, snapshots
 from eru_jax.training.run import enable_compilation_cache
+from eru_jax.weights.lora_io import check_lora
+
+# Of --image, if nobody says, as in diffusers' img2img.
+_STRENGTH = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,7 @@ class SampleRequest:
   prompt_file: str | None = None
   steps: int | None = None
   guidance: float | None = None
+  cfg_scale: float | None = None
   height: int | None = None
   width: int | None = None
   seed: int = 0
@@ -42,11 +51,12 @@ class SampleRequest:
   latents: str | None = None
   save_latents: bool = False
   image: str | None = None
-  strength: float = 0.6
+  strength: float | None = None
   dtype: str | None = None
   batch_size: int | None = None
   lora: tuple[str, ...] = ()
   lora_scale: tuple[float, ...] = ()
+  mesh: str | None = None
 
 
 def _prompts(request: SampleRequest) -> list[str]:
@@ -72,7 +82,22 @@ def _read_noise(path: str) -> np.ndarray:
     raise UserError(f'--latents={path} is an archive: give the .npy file of one array.')
   if noise.dtype != np.float32:
     raise UserError(f'--latents={path} holds {noise.dtype}: store it as float32.')
+  if not np.isfinite(noise).all():
+    raise UserError(f'--latents={path} holds numbers that are not finite: draw them anew.')
   return noise
+
+
+def _check(request: SampleRequest) -> None:
+  """Raises UserError for flags that mean nothing alone, and numbers that are none."""
+  if request.lora_scale and not request.lora:
+    raise UserError('--lora_scale is given without --lora: name the adapter that it scales.')
+  if request.strength is not None and request.image is None:
+    raise UserError('--strength is given without --image: name the picture to set out from.')
+  names = ('guidance', 'cfg_scale', 'strength')
+  numbers = {name: getattr(request, name) for name in names}
+  for name, value in (*numbers.items(), *(('lora_scale', scale) for scale in request.lora_scale)):
+    if value is not None and not math.isfinite(value):
+      raise UserError(f'--{name}={value:g}: give a finite number.')
 
 
 def _strengths(request: SampleRequest) -> list[float]:
@@ -83,6 +108,49 @@ def _strengths(request: SampleRequest) -> list[float]:
       f'There are {len(given)} --lora_scale for {count} --lora: give one for each, or one for all.'
     )
   return list(given) * (count // len(given))
+
+
+def _sampler(request: SampleRequest, own: SamplingConfig, embedded: bool) -> SamplingConfig:
+  """The model's sampler with what the flags change.
+
+  Args:
+    request: the flags.
+    own: what the model is sampled with by itself.
+    embedded: whether its backbone is fed the guidance scale.
+
+  Raises:
+    UserError: if a value is out of range, or two flags set the same scale.
+  """
+  changes: dict[str, Any] = {
+    'num_steps': request.steps,
+    'guidance': request.guidance,
+    'cfg_scale': request.cfg_scale,
+  }
+  if request.guidance is not None and not embedded:
+    if own.cfg_scale == 1:
+      print(
+        f'--guidance={request.guidance:g} is ignored: this model was made for no guidance scale; '
+        '--cfg_scale is classifier-free guidance, for any model.'
+      )
+    elif request.cfg_scale is not None:
+      raise UserError('--guidance and --cfg_scale are the same scale to this model: give one.')
+    else:
+      changes['cfg_scale'] = request.guidance
+  return dataclasses.replace(own, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _skipped_steps(steps: int, strength: float) -> int:
+  """Of so many steps, those that a picture to set out from stands in for.
+
+  Raises:
+    UserError: if no step is left.
+  """
+  skipped = int(max(steps - min(steps * strength, steps), 0))
+  if skipped >= steps:
+    raise UserError(
+      f'--strength={strength:g} leaves none of {steps} steps: raise it, or take more --steps.'
+    )
+  return skipped
 
 
 def start_from_image(
@@ -103,11 +171,12 @@ def start_from_image(
     UserError: if no step is left.
   """
   steps = len(schedule) - 1
-  skipped = int(max(steps - min(steps * strength, steps), 0))
-  if skipped >= steps:
-    raise UserError(
-      f'--strength={strength:g} leaves none of {steps} steps: raise it, or take more --steps.'
-    )
+  skipped = _skipped_steps(steps, strength)
+  if not skipped and strength < 1:
+    logging.warning(
+      '--strength=%g of %d steps is all of them, which forgets the picture: lower it, or take more '
+      '--steps.', strength, steps,
+    )  # fmt: skip
   left = schedule[skipped:]
   return flow.interpolate(latents[None], noise, jnp.full(len(noise), left[0])), left
 
@@ -120,29 +189,41 @@ def sample(request: SampleRequest) -> pathlib.Path:
   """
   output = pathlib.Path(request.output).expanduser()
   check_directory(output)
+  _check(request)
   prompts = _prompts(request)
   noise = None if request.latents is None else _read_noise(request.latents)
   config, _ = read_config(request.model)
   overrides: dict[str, Any] = {}
   if request.dtype is not None:
-    overrides['model'] = dataclasses.replace(
-      config.model, dtype=request.dtype, params=request.dtype
-    )
+    params = 'int8' if config.model.params == 'int8' else request.dtype
+    overrides['model'] = dataclasses.replace(config.model, dtype=request.dtype, params=params)
   if request.batch_size is not None:
     evaluation = dataclasses.replace(config.evaluation, batch_size=request.batch_size)
     overrides['evaluation'] = evaluation
-  changes: dict[str, Any] = {}
-  if request.steps is not None:
-    changes['num_steps'] = request.steps
-  if request.guidance is not None:
-    changes['guidance'] = request.guidance
-  sampling = dataclasses.replace(config.sampling, **changes)
+  # Encoders and weights take minutes to read: what headers tell of a mistake is told before.
+  model = described(config)
+  guided = getattr(model.backbone.config, 'guidance_embeds', False)
+  sampling = _sampler(request, config.sampling, guided)
+  size = (request.height or model.height, request.width or model.width)
+  model = dataclasses.replace(model, height=size[0], width=size[1])
+  drawn = [prompt for prompt in prompts for _ in range(request.num_images)]
+  shape = (len(drawn), *model.latent_shape)
+  if noise is not None and noise.shape != shape:
+    raise UserError(
+      f'--latents={request.latents} has shape {noise.shape}, but these prompts need {shape}.'
+    )
+  strength = _STRENGTH if request.strength is None else request.strength
+  picture = None
+  if request.image is not None:
+    picture = read_image(request.image, *size, where='--image')
+    _skipped_steps(sampling.num_steps, strength)
+  adapters = list(zip(request.lora, _strengths(request), strict=True))
+  for path, _ in adapters:
+    check_lora(path, model.backbone.config)
   enable_compilation_cache()
-  experiment, snapshot, workdir = open_model(request.model, prompts, sampling=sampling, **overrides)
-  model = snapshot.model
-  if request.guidance is not None and not getattr(model.backbone.config, 'guidance_embeds', False):
-    # A model without a guidance embedding takes the scale as classifier-free guidance.
-    sampling = dataclasses.replace(sampling, cfg_scale=request.guidance)
+  experiment, snapshot, workdir = open_model(
+    request.model, prompts, request.mesh, sampling=sampling, **overrides
+  )
   reached = dict(snapshots(experiment, snapshot, workdir))
   if not reached:
     raise UserError(
@@ -151,35 +232,28 @@ def sample(request: SampleRequest) -> pathlib.Path:
   label = request.stage or next(reversed(reached))
   if label not in reached:
     raise UserError(f'--stage={label}: this model has the stages {list(reached)}.')
-  size = (request.height or model.height, request.width or model.width)
   model = dataclasses.replace(reached[label].model, height=size[0], width=size[1])
   snapshot = dataclasses.replace(reached[label], model=model)
-  if request.lora:
-    files = zip(request.lora, _strengths(request), strict=True)
-    snapshot = with_adapters(snapshot, experiment.config, experiment.mesh, list(files))
+  if adapters:
+    snapshot = with_adapters(snapshot, experiment.config, experiment.mesh, adapters)
     model = snapshot.model
-
-  drawn = [prompt for prompt in prompts for _ in range(request.num_images)]
-  shape = (len(drawn), *model.latent_shape)
   if noise is None:
     noise = start_noise(model, request.seed, 'sample', np.arange(len(drawn)))
-  elif noise.shape != shape:
-    raise UserError(
-      f'--latents={request.latents} has shape {noise.shape}, but these prompts need {shape}.'
-    )
-  experiment = dataclasses.replace(
-    experiment, config=dataclasses.replace(experiment.config, sampling=sampling)
-  )
   pictures = experiment.world.pictures
   judged = pictures is not None and size == pictures.images.shape[1:3]
   judge, schedule = judge_of(experiment) if judged else None, None
-  if request.image is not None:
-    picture = read_image(request.image, *size, where='--image')
+  if picture is not None:
     images = picture[None].astype(np.float32) / 127.5 - 1
-    latents = jax.jit(model.encode)(snapshot.autoencoder, images)[0]
+    start = jax.jit(model.encode)(snapshot.autoencoder, images)[0]
     schedule = experiment.schedule(model)
-    noise, schedule = start_from_image(latents, noise, schedule, request.strength)
+    noise, schedule = start_from_image(start, noise, schedule, strength)
   generated = draw(experiment, snapshot, judge, drawn, noise, schedule)
+  latents = np.asarray(jax.device_get(generated.latents), np.float32)
+  if not np.isfinite(latents).all():
+    raise UserError(
+      'The pictures are not finite: lower --guidance and --lora_scale, or take --dtype=float32; if '
+      'that does not help, the weights are damaged.'
+    )
 
   records = []
   for index, prompt in enumerate(drawn):
@@ -195,7 +269,7 @@ def sample(request: SampleRequest) -> pathlib.Path:
   replace_file(output / 'samples.json', (json.dumps(records, indent=2) + '\n').encode())
   if request.save_latents:
     buffer = io.BytesIO()
-    np.save(buffer, np.asarray(jax.device_get(generated.latents), np.float32))
+    np.save(buffer, latents)
     replace_file(output / 'latents_final.npy', buffer.getvalue())
   print(f'{len(drawn)} picture(s) with the model after {label!r}: {output / "grid.png"}')
   return output

@@ -19,7 +19,9 @@ from eru_jax.training.run import enable_compilation_cache
 _GRID_ROWS = 24
 
 
-def score_prompt_file(model: str, prompts: str, output: str, seed: int) -> dict[str, Any]:
+def score_prompt_file(
+  model: str, prompts: str, output: str, seed: int, mesh: str | None = None
+) -> dict[str, Any]:
   """Scores implicit and explicit prompts of a file at every stage of a run.
 
   Args:
@@ -27,6 +29,7 @@ def score_prompt_file(model: str, prompts: str, output: str, seed: int) -> dict[
     prompts: JSON Lines file of knowledge pairs.
     output: directory for evaluation.json and grid.png.
     seed: of the start noise, which prompt k gets at every stage, for both of its forms.
+    mesh: as of `open_model`.
 
   Returns:
     The contents of evaluation.json: {'stages': {label: {'implicit': {'accuracy', 'n', 'ci95'},
@@ -44,7 +47,7 @@ def score_prompt_file(model: str, prompts: str, output: str, seed: int) -> dict[
     'explicit': [pair.explicit for pair in pairs],
   }
   enable_compilation_cache()
-  experiment, base, workdir = open_model(model, [*forms['implicit'], *forms['explicit']])
+  experiment, base, workdir = open_model(model, [*forms['implicit'], *forms['explicit']], mesh)
   pictures = experiment.world.pictures
   if pictures is None:
     raise UserError(

@@ -1,6 +1,7 @@
 """The settings of every stage: one frozen dataclass each, checked as it is made."""
 
 import dataclasses
+import math
 
 from eru_jax.errors import UserError
 from eru_jax.rewards.clip import SCORES
@@ -18,6 +19,8 @@ class StageConfig:
     num_steps: iterations.
     optimizer: see OptimizerConfig.
     accumulation: microbatches averaged into one update.
+    per_device: if positive, `accumulation` is set when the mesh is known, such that a device sees
+      so many examples of each kind at a time (or fewer); NO-RL's `rollout_batch` likewise.
     save_every: iterations between checkpoints; the last iteration is always saved.
     log_every: iterations between lines of metrics.jsonl.
   """
@@ -25,6 +28,7 @@ class StageConfig:
   num_steps: int = 100
   optimizer: OptimizerConfig = OptimizerConfig()
   accumulation: int = 1
+  per_device: int = 0
   save_every: int = 100
   log_every: int = 10
 
@@ -33,9 +37,30 @@ class StageConfig:
       self,
       num_steps=(self.num_steps >= 1, 'at least 1'),
       accumulation=(self.accumulation >= 1, 'at least 1'),
+      per_device=(
+        self.per_device >= 0 and (not self.per_device or self.accumulation == 1),
+        'zero or more, and zero if accumulation is set',
+      ),
       save_every=(self.save_every >= 1, 'at least 1'),
       log_every=(self.log_every >= 1, 'at least 1'),
     )
+
+  @property
+  def kinds(self) -> dict[str, int]:
+    """What an iteration learns from: description -> how many."""
+    return {'examples': self.batch_size}
+
+  @property
+  def split(self) -> tuple[int, ...]:
+    """Numbers of examples that `accumulation` splits."""
+    return (self.batch_size,)
+
+  def on(self, share: int) -> 'StageConfig':
+    """The config with its accumulation settled, where `share` devices split the batch."""
+    if not self.per_device:
+      return self
+    accumulation = max(1, math.gcd(*self.split) // (share * self.per_device))
+    return dataclasses.replace(self, accumulation=accumulation, per_device=0)
 
 
 def _batch(size: int, accumulation: int) -> tuple[bool, str]:
@@ -141,6 +166,8 @@ class DkDmStageConfig(StageConfig):
     preservation_batch: anchors, other names and empty prompts an iteration.
     preservation_weight: weight of the preservation term.
     preserved_names: names of the world, beside the anchors, that the preservation term draws from.
+    in_turn: whether the kinds of states go through the student one after the other: a third of the
+      activations for a fifth more operations.
     teacher_seeds: pictures the teacher makes of each anchor before the stage begins.
     text_noise: noise on the implicit prompt's text, relative to its own standard deviation.
     pooled_only: share of implicit prompts whose token states are masked.
@@ -162,6 +189,7 @@ class DkDmStageConfig(StageConfig):
   preservation_batch: int = 16
   preservation_weight: float = 1.0
   preserved_names: int = 256
+  in_turn: bool = False
   teacher_seeds: int = 2
   text_noise: float = 0.1
   pooled_only: float = 0.2
@@ -183,7 +211,7 @@ class DkDmStageConfig(StageConfig):
       time_weight=one_of(self.time_weight, dk_dm_variants.TIME_WEIGHTS),
       critic_updates=(self.critic_updates >= 1, 'at least 1'),
       teacher_batch=(
-        min(sizes) >= 1 and not any(s % self.accumulation for s in sizes),
+        min(sizes) >= 1 and not any(s % self.accumulation for s in self.split),
         'positive and, like rollouts and preservation_batch, a multiple of accumulation',
       ),
       states_per_rollout=(
@@ -199,6 +227,23 @@ class DkDmStageConfig(StageConfig):
       pooled_only=(0 <= self.pooled_only <= 1, 'in [0, 1]'),
       time_std=(self.time_std > 0, 'positive'),
     )
+
+  @property
+  def split(self) -> tuple[int, ...]:
+    # States take the place of rollouts before they are split, but for those that stay together.
+    variant = dk_dm_variants.VARIANTS.get(self.variant)
+    by_state = variant is not None and variant.roll_out and not variant.addition
+    copies = self.states_per_rollout if by_state else 1
+    return self.teacher_batch, self.rollouts * copies, self.preservation_batch
+
+  @property
+  def kinds(self) -> dict[str, int]:
+    kept = self.rollouts * self.states_per_rollout
+    return {
+      'teacher states': self.teacher_batch,
+      f'rollout states ({self.rollouts} rollouts x {self.states_per_rollout})': kept,
+      'preservation states': self.preservation_batch,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +273,7 @@ class NoRlStageConfig(StageConfig):
     prompts_per_step: prompts an iteration.
     images_per_prompt: rollouts of each.
     rollout_steps: Euler steps of a rollout.
+    rollout_batch: pictures that are drawn, decoded and judged at a time; 0 is all of an iteration.
     cfg_scale: guidance scale of the policy that is trained, in its rollouts and in the loss; the
       usual 1 costs half, and shows mistakes that guidance hides.
     timesteps_per_image: noise levels each rollout is trained at.
@@ -262,6 +308,7 @@ class NoRlStageConfig(StageConfig):
   prompts_per_step: int = 16
   images_per_prompt: int = 4
   rollout_steps: int = 8
+  rollout_batch: int = 0
   cfg_scale: float = 1.0
   timesteps_per_image: int = 2
   updates_per_step: int = 2
@@ -311,6 +358,10 @@ class NoRlStageConfig(StageConfig):
         'positive and such that prompts_per_step * images_per_prompt is a multiple of '
         'updates_per_step * accumulation',
       ),
+      rollout_batch=(
+        self.rollout_batch >= 0 and images % (self.rollout_batch or 1) == 0,
+        'a divisor of prompts_per_step * images_per_prompt, or 0 for all of them',
+      ),
       cfg_scale=(self.cfg_scale >= 0, 'zero or more'),
       explicit_share=(0 <= self.explicit_share <= 1, 'in [0, 1]'),
       text_noise=(self.text_noise >= 0, 'zero or more'),
@@ -331,6 +382,27 @@ class NoRlStageConfig(StageConfig):
         f'NoRlStage config: {self.reward} runs to 100, so reward_low = 0 and reward_high = 1 would '
         'call every picture right: set both, or reward_anchors.'
       )
+
+  @property
+  def kinds(self) -> dict[str, int]:
+    images = self.prompts_per_step * self.images_per_prompt
+    states = images * self.timesteps_per_image
+    updates = self.updates_per_step
+    return {
+      f'rollouts ({self.prompts_per_step} prompts x {self.images_per_prompt} images)': images,
+      f'states ({self.timesteps_per_image} timesteps each) in {updates} updates': states,
+    }
+
+  @property
+  def split(self) -> tuple[int, ...]:
+    return (self.prompts_per_step * self.images_per_prompt // self.updates_per_step,)
+
+  def on(self, share: int) -> StageConfig:
+    settled, images = super().on(share), self.prompts_per_step * self.images_per_prompt
+    at_once = share * self.per_device
+    if not at_once or self.rollout_batch or images % at_once:
+      return settled
+    return dataclasses.replace(settled, rollout_batch=at_once)
 
 
 STAGE_CONFIGS = {

@@ -51,6 +51,8 @@ class OptimizerConfig:
     b2: AdamW's second-moment decay.
     newton_schulz_steps: iterations of Muon's orthogonalisation; with fewer, small singular values
       stay small, and a step of a small network takes visibly less time.
+    moments: 'float32', or 'bfloat16' for the first moment (Muon's momentum, too): of a large
+      network, a tenth of what training holds.
     weight_decay: decoupled weight decay, on matrices only.
     clip_norm: gradients are scaled down to this global norm.
     ema_decay: asymptotic decay of the parameter average; warmed up as (1 + n) / (10 + n).
@@ -63,6 +65,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.999
   newton_schulz_steps: int = 5
+  moments: str = 'float32'
   weight_decay: float = 0.0
   clip_norm: float = 1.0
   ema_decay: float = 0.99
@@ -75,6 +78,7 @@ class OptimizerConfig:
       'decay': (self.decay in ('constant', 'cosine'), "'constant' or 'cosine'"),
       'b1': (0 <= self.b1 < 1, 'in [0, 1)'),
       'b2': (0 <= self.b2 < 1, 'in [0, 1)'),
+      'moments': (self.moments in ('float32', 'bfloat16'), "'float32' or 'bfloat16'"),
       'newton_schulz_steps': (self.newton_schulz_steps >= 1, 'at least 1'),
       'weight_decay': (self.weight_decay >= 0, 'zero or more'),
       'clip_norm': (self.clip_norm > 0, 'positive'),
@@ -97,10 +101,13 @@ class OptimizerConfig:
       schedule = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
     else:
       schedule = self.learning_rate
+    # None keeps that of the parameters.
+    moments = None if self.moments == 'float32' else self.moments
     if self.algorithm == 'muon':
       descend = optax.contrib.muon(
         schedule,
         ns_steps=self.newton_schulz_steps,
+        mu_dtype=moments,
         weight_decay=self.weight_decay,
         adam_b1=self.b1,
         adam_b2=self.b2,
@@ -112,6 +119,7 @@ class OptimizerConfig:
         schedule,
         self.b1,
         self.b2,
+        mu_dtype=moments,
         weight_decay=self.weight_decay,
         mask=_matrices,
       )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -47,9 +48,59 @@ class StageProgram:
   optimizer: Callable[[OptimizerConfig, int], optax.GradientTransformation] = OptimizerConfig.build
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledStage:
+  """An iteration of several compiled functions; calling it runs them.
+
+  Attributes:
+    prepare: (policy, frozen, batch, key) -> (examples by update, measurements).
+    update: (state, frozen, examples by update, index, key) -> (state, measurements).
+    finish: state -> state.
+    updates: how often `update` runs.
+  """
+
+  prepare: Callable
+  update: Callable
+  finish: Callable
+  updates: int
+
+  def __call__(
+    self, state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array
+  ) -> tuple[TrainState, dict]:
+    roll_key, update_key = jax.random.split(jax.random.fold_in(key, state.step))
+    parts, measurements = self.prepare(policy_of(state), frozen, batch, roll_key)
+    history = []
+    for index in range(self.updates):
+      state, current = self.update(state, frozen, parts, index, update_key)
+      history.append(current)
+    averaged = jax.tree.map(lambda *values: sum(values) / len(values), *history)
+    return self.finish(state), {**measurements, **averaged}
+
+
+def policy_of(state: TrainState) -> PyTree:
+  """The parameters that make rollouts."""
+  return state.behaviour if state.behaviour is not None else state.params
+
+
 def split_leading(tree: PyTree, parts: int) -> PyTree:
-  """Reshapes every (N, ...) leaf to (parts, N / parts, ...)."""
-  return jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), tree)
+  """Reshapes every (N, ...) leaf to (parts, N / parts, ...), all devices sharing each part."""
+
+  def split(x):
+    x = x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+    # Left to itself, a mesh that splits N splits the parts, and gathers each as its turn comes.
+    return nn.with_logical_constraint(x, (None, 'batch', *[None] * (x.ndim - 2)))
+
+  return jax.tree.map(split, tree)
+
+
+def joined_leading(tree: PyTree) -> PyTree:
+  """The inverse of `split_leading`."""
+
+  def join(x):
+    x = x.reshape(-1, *x.shape[2:])
+    return nn.with_logical_constraint(x, ('batch', *[None] * (x.ndim - 1)))
+
+  return jax.tree.map(join, tree)
 
 
 def accumulated_gradients(
@@ -89,6 +140,8 @@ def compile_stage(
 ) -> Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, dict]]:
   """Returns `iterate(state, frozen, batch, key) -> (state, measurements)`, jitted inside.
 
+  It is one jitted function where an iteration is one, else a CompiledStage.
+
   The state is donated. `key` is the stage's key; each iteration folds its step number in, so an
   iteration depends on the state and the batch alone, and a resumed run repeats it exactly.
   """
@@ -127,19 +180,9 @@ def compile_stage(
     key = jax.random.fold_in(key, index)
     return update(state, frozen, jax.tree.map(lambda x: x[index], parts), key)
 
-  prepare = jax.jit(prepare)
-  update_part = jax.jit(update_part, donate_argnums=0, **out)
-  finish = jax.jit(finish, donate_argnums=0, **out_state)
-
-  def iterate(state, frozen, batch, key):
-    roll_key, update_key = jax.random.split(jax.random.fold_in(key, state.step))
-    policy = state.behaviour if state.behaviour is not None else state.params
-    parts, measurements = prepare(policy, frozen, batch, roll_key)
-    history = []
-    for index in range(program.updates_per_batch):
-      state, current = update_part(state, frozen, parts, index, update_key)
-      history.append(current)
-    averaged = jax.tree.map(lambda *values: sum(values) / len(values), *history)
-    return finish(state), {**measurements, **averaged}
-
-  return iterate
+  return CompiledStage(
+    jax.jit(prepare),
+    jax.jit(update_part, donate_argnums=0, **out),
+    jax.jit(finish, donate_argnums=0, **out_state),
+    program.updates_per_batch,
+  )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from eru_jax import distributed
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 from eru_jax.training.config import (
@@ -21,10 +22,11 @@ from eru_jax.training.config import (
   to_json,
 )
 from eru_jax.training.evaluation import Evaluation, Generated
+from eru_jax.training.mirror import Workdir
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
 
 # What may differ between the runs of one workdir, because no score depends on it.
-_FREE = ('title', 'wandb_project', 'mesh', 'evaluation.diagnosis')
+_FREE = ('title', 'wandb_project', 'mesh', 'watch', 'evaluation.diagnosis')
 # What a run has achieved. A workdir without any of it belongs to nobody yet.
 _RESULTS = ('checkpoints', 'evaluations', 'metrics.jsonl', 'summary.json', 'model')
 # Key of config.json, beside the config: file -> SHA-256 of what it held when the run began.
@@ -98,6 +100,26 @@ def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
       f'{workdir} is not empty and holds no run (config.json is missing): choose another --workdir.'
     )
   replace_file(path, (json.dumps({**config, _INPUTS: inputs}, indent=2) + '\n').encode())
+
+
+def join(workdir: Workdir, config: dict[str, Any]) -> None:
+  """`claim` for a run of several processes, of which the first does it.
+
+  Raises:
+    UserError: as `claim`, or if the others do not see what the first has written.
+  """
+  if distributed.is_main():
+    workdir.pull()
+    claim(workdir.local, config)
+    workdir.push()
+  distributed.barrier()
+  if not distributed.is_main():
+    workdir.pull()
+  if not (workdir.local / 'config.json').is_file():
+    raise UserError(
+      f'{workdir.place} is not the directory that process 0 has just written to: choose a '
+      '--workdir on a disk that all machines of the run share.'
+    )
 
 
 def _check_same(

@@ -1,4 +1,4 @@
-"""Weight table of transformers' CLIPTextModel and eru_jax.models.clip, and its loader."""
+"""Weight table of transformers' CLIPTextModel and eru_jax.models.clip, and its files."""
 
 import os
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from eru_jax import sharding
-from eru_jax.errors import UserError
 from eru_jax.models.clip import ClipTextConfig, ClipTextModel
-from eru_jax.weights.safetensors_io import read_safetensors
-from eru_jax.weights.table import Row, linear, norm, to_flax
+from eru_jax.weights.streaming import Stored
+from eru_jax.weights.table import Row, linear, norm
+from eru_jax.weights.tensor_files import TensorFiles
 
 # transformers 5 leaves this out of the names it writes; published files have it.
 _PREFIX = 'text_model.'
@@ -46,28 +46,28 @@ def counts(config: ClipTextConfig) -> Mapping[str, int]:
   return {'i': config.num_hidden_layers}
 
 
-def shapes(config: ClipTextConfig) -> dict[str, Any]:
-  """Shapes the parameters must have, without making them."""
+def boxed(config: ClipTextConfig) -> dict[str, Any]:
+  """What the parameters must be like and their logical axes, without making them."""
   ids = jnp.zeros((1, 2), jnp.int32)
-  init = ClipTextModel(config).init
-  return sharding.unboxed(jax.eval_shape(init, jax.random.key(0), ids)['params'])
+  return jax.eval_shape(ClipTextModel(config).init, jax.random.key(0), ids)['params']
 
 
-def load(path: str | os.PathLike, config: ClipTextConfig) -> dict[str, Any]:
-  """Parameters of CLIP's text encoder out of its safetensors file or the index of its shards.
+def shapes(config: ClipTextConfig) -> dict[str, Any]:
+  """Shapes the parameters must have."""
+  return sharding.unboxed(boxed(config))
 
-  Returns:
-    Nested dict of numpy arrays in the file's dtype.
+
+def stored(path: str | os.PathLike, config: ClipTextConfig) -> Stored:
+  """CLIP's text encoder in its safetensors file or the index of its shards, to be read array by
+  array.
 
   Raises:
-    UserError: naming the file, if it is damaged or of another architecture.
+    UserError: if a file is missing or damaged, naming it.
   """
-  kept = {}
-  for name, value in read_safetensors(path).items():
+  files = TensorFiles(path)
+  names = {}
+  for name in files.tensors:
     full = name if name.startswith((_PREFIX, 'text_projection.')) else _PREFIX + name
     if full not in _IGNORED:
-      kept[full] = value
-  try:
-    return to_flax(kept, rows(config), counts(config), shapes(config))
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from error
+      names[full] = name
+  return Stored(files.renamed(names), rows(config), counts(config), shapes(config))

@@ -73,4 +73,4 @@ def load(path: str | os.PathLike, config: ClipConfig) -> dict[str, Any]:
   try:
     return to_flax(kept, rows(config), counts(config), shapes(config))
   except UserError as error:
-    raise UserError(f'{path}: {error}') from error
+    raise error.at(path) from error

@@ -16,15 +16,13 @@ from eru_jax.errors import UserError
 from eru_jax.files import check_directory
 from eru_jax.models import registry
 from eru_jax.weights import arrays as orbax_arrays
-from eru_jax.weights import layouts, source_record, sources, table
-from eru_jax.weights.source_record import Files
+from eru_jax.weights import layouts, source_record, sources, writing
 from eru_jax.weights.sources import ARRAYS, Weights
-from eru_jax.weights.tensor_files import TensorWriter, make_header
 
+# Of a run's workdir: the model it has trained, if that was a whole one.
+MODEL = 'model'
 LAYOUTS = ('eru', 'diffusers', 'original', 'comfyui')
 DTYPES = ('float32', 'bfloat16', 'float16')
-# Where diffusers' save_pretrained begins a new file.
-_SHARD_BYTES = 10 * 10**9
 # Larger files are linked rather than copied, if both directories are on one disk.
 _LINKED_BYTES = 1 << 24
 
@@ -35,10 +33,10 @@ class ConversionRequest:
 
   Attributes:
     family: the model family.
-    source: a model directory, or a safetensors file.
+    source: a model directory, a safetensors file, or the workdir of a run that left a `model/`.
     output: a directory that is not there yet, or empty.
     to: one of LAYOUTS.
-    int8: whether to round the backbone's kernels to int8; for the layout eru.
+    int8: whether to round the kernels of the backbone's blocks to int8; for the layout eru.
     dtype: one of DTYPES to cast to; None keeps every tensor to the bit.
     shard_bytes: size at which new files in diffusers' layout are split.
   """
@@ -49,7 +47,7 @@ class ConversionRequest:
   to: str = 'eru'
   int8: bool = False
   dtype: str | None = None
-  shard_bytes: int = _SHARD_BYTES
+  shard_bytes: int = writing.SHARD_BYTES
 
 
 def convert(request: ConversionRequest) -> list[str]:
@@ -63,6 +61,7 @@ def convert(request: ConversionRequest) -> list[str]:
       cannot be written.
   """
   source, output = (pathlib.Path(p).expanduser() for p in (request.source, request.output))
+  source = _trained_model(source)
   _check_request(request, source, output)
   weights = _open(request, source)
   files = None
@@ -74,14 +73,14 @@ def convert(request: ConversionRequest) -> list[str]:
     temporary.mkdir(parents=True)
     if request.to == 'eru':
       for part in weights:
-        folder = temporary.absolute() / part.component.folder
+        folder = temporary / part.component.folder
         orbax_arrays.save(folder / ARRAYS, part.arrays())
       if files is not None:
         source_record.save(temporary, files)
     else:
       if files is None or set(files.layouts.values()) != {request.to}:
-        files = _new_files(request, weights)
-      _write_files(temporary, request.to, weights, files)
+        files = writing.new_files(weights, request.to, request.shard_bytes)
+      writing.write(temporary, request.to, weights, files)
     carried = _carry_over(request, source, temporary, weights)
     os.replace(temporary, output)
   except OSError as error:
@@ -90,9 +89,31 @@ def convert(request: ConversionRequest) -> list[str]:
     shutil.rmtree(temporary, ignore_errors=True)
   lines = []
   for part in weights:
-    size = sum(math.prod(spec.shape) for spec in part.specs().values())
+    # Scales of int8 kernels are no numbers of the model, but how some of them are stored.
+    specs = {k: spec for k, spec in part.specs().items() if not k.endswith('/kernel_scale')}
+    size = sum(math.prod(spec.shape) for spec in specs.values())
     lines.append(f'{part.component.folder}: {size:,} numbers, {part.layout} -> {request.to}')
-  return lines + ([f'carried over: {", ".join(carried)}'] if carried else [])
+  if carried:
+    lines.append(f'carried over: {", ".join(carried)}')
+  if len(weights) == 1:
+    lines.append(
+      f'{source} has no autoencoder: to draw with {output}, copy the other files and folders of a '
+      'snapshot into it (docs/weights.md)'
+    )
+  return lines
+
+
+def _trained_model(source: pathlib.Path) -> pathlib.Path:
+  """The model that a run has left, where the source is its workdir; else the source."""
+  if not (source / 'config.json').is_file() or sources.has_settings(source):
+    return source
+  model = source / MODEL
+  if (source / 'checkpoints').is_dir() and not sources.has_settings(model):
+    raise UserError(
+      f'{source} is the workdir of a run that has no {MODEL}/: it is not finished, or it trained '
+      'adapters, which are in its adapters/ in the forms of diffusers and ComfyUI.'
+    )
+  return model if sources.has_settings(model) else source
 
 
 def _check_request(request: ConversionRequest, source: pathlib.Path, output: pathlib.Path) -> None:
@@ -118,8 +139,9 @@ def _check_request(request: ConversionRequest, source: pathlib.Path, output: pat
 def _open(request: ConversionRequest, source: pathlib.Path) -> list[Weights]:
   """The components, all of whose headers fit."""
   cast = None if request.dtype is None else np.dtype(request.dtype)
-  backbone = layouts.backbone(registry.family(request.family))
-  weights = [sources.open_weights(backbone, source, cast, '' if request.int8 else None)]
+  family = registry.family(request.family)
+  blocks = family.blocks if request.int8 else None
+  weights = [sources.open_weights(layouts.backbone(family), source, cast, blocks)]
   # Backbones are published alone, too.
   if sources.holds(layouts.AUTOENCODER, source):
     weights.append(sources.open_weights(layouts.AUTOENCODER, source, cast))
@@ -130,92 +152,6 @@ def _open(request: ConversionRequest, source: pathlib.Path) -> list[Weights]:
         'files they were made of.'
       )
   return weights
-
-
-def _new_files(request: ConversionRequest, weights: Sequence[Weights]) -> Files:
-  """Files as the authors of a layout would write them.
-
-  Raises:
-    UserError: if arrays of different dtypes would share a tensor.
-  """
-  headers: dict[str, dict[str, tuple[tuple[int, ...], Any]]] = {}
-  indices = {}
-  for part in weights:
-    layout = part.component.layouts[request.to]
-    tensors = part.tensors(request.to)
-    shards = [list(tensors)]
-    if request.to == 'diffusers':
-      shards = _shards(tensors, request.shard_bytes)
-    if len(shards) == 1:
-      headers.setdefault(layout.file, {}).update(tensors)
-      continue
-    stem, kind = layout.file.rsplit('.', 1)
-    paths = [f'{stem}-{i + 1:05d}-of-{len(shards):05d}.{kind}' for i in range(len(shards))]
-    for path, names in zip(paths, shards, strict=True):
-      headers[path] = {name: tensors[name] for name in names}
-    indices[f'{layout.file}.index.json'] = _index(dict(zip(paths, shards, strict=True)), tensors)
-  return Files(
-    {part.component.folder: request.to for part in weights},
-    {path: make_header(tensors, {'format': 'pt'}) for path, tensors in headers.items()},
-    indices,
-  )
-
-
-def _bytes(tensor: tuple[tuple[int, ...], Any]) -> int:
-  return math.prod(tensor[0]) * np.dtype(tensor[1]).itemsize
-
-
-def _shards(tensors: Mapping[str, tuple], limit: int) -> list[list[str]]:
-  """Names by file, split where diffusers splits: a file ends before the tensor that would make it
-  too large, and a tensor that is too large by itself has its own."""
-  shards, current, total = [], [], 0
-  for name, tensor in tensors.items():
-    size = _bytes(tensor)
-    if size > limit:
-      shards.append([name])
-      continue
-    if total + size > limit:
-      shards.append(current)
-      current, total = [], 0
-    current.append(name)
-    total += size
-  return [*shards, current] if current else shards
-
-
-def _index(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, tuple]) -> str:
-  """Text of diffusers' index of a sharded model."""
-  where = {name: pathlib.PurePath(path).name for path, names in shards.items() for name in names}
-  total = sum(_bytes(tensors[name]) for name in where)
-  values = {'metadata': {'total_size': total}, 'weight_map': where}
-  return json.dumps(values, indent=2, sort_keys=True) + '\n'
-
-
-def _write_files(
-  directory: pathlib.Path, to: str, weights: Sequence[Weights], files: Files
-) -> None:
-  writers = []
-  try:
-    for path, header in files.headers.items():
-      writers.append(TensorWriter(directory / path, header))
-    where = {name: writer for writer in writers for name in writer.tensors}
-    for part in weights:
-      rows = part.component.layouts[to].rows(part.config)
-      cells = {cell.path: cell for cell in table.cells(rows, part.component.counts(part.config))}
-      for path, array in part.arrays():
-        _write_array(cells[path], array, where)
-        del array  # Before the next one is made.
-    for writer in writers:
-      writer.finish()
-  finally:
-    for writer in writers:
-      writer.close()
-  for path, text in files.indices.items():
-    (directory / path).write_text(text, encoding='utf-8')
-
-
-def _write_array(cell: table.Cell, array: np.ndarray, where: Mapping[str, TensorWriter]) -> None:
-  for name, first, piece in table.scatter(cell, array):
-    where[name].write(name, first, piece)
 
 
 def carry_over(

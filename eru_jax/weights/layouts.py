@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.models import autoencoder_kl, registry
-from eru_jax.types import Conditioning
 from eru_jax.weights import autoencoder_kl as autoencoder_table
-from eru_jax.weights import autoencoder_original, flux_original
+from eru_jax.weights import autoencoder_original, flux_original, table
 from eru_jax.weights import flux as flux_table
 from eru_jax.weights.table import Row
 
@@ -65,6 +65,29 @@ class Component:
     """Nested dict of ShapeDtypeStructs."""
     return sharding.unboxed(self.boxed(architecture))
 
+  def tensors(
+    self, architecture: Any, layout: str, dtypes: Mapping[str, Any]
+  ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """(shape, dtype) of the reference's tensors, in the order in which its module holds them.
+
+    Args:
+      architecture: the component's.
+      layout: one of its layouts.
+      dtypes: of our arrays, by path.
+
+    Raises:
+      UserError: if arrays of different dtypes would share a tensor.
+    """
+    rows, counts = self.layouts[layout].rows(architecture), self.counts(architecture)
+    found: dict[str, np.dtype] = {}
+    for cell in table.cells(rows, counts):
+      dtype = np.dtype(dtypes[cell.path])
+      for name, _ in cell.parts:
+        if found.setdefault(name, dtype) != dtype:
+          raise UserError(f'parts of {name} are {found[name]} and {dtype}: give one --dtype.')
+    shapes = table.torch_shapes(rows, counts, self.shapes(architecture))
+    return {name: (shape, found[name]) for name, shape in shapes.items()}
+
   def layout_of(self, names: Iterable[str]) -> str | None:
     """The layout that most of these tensors are named by; None if not one is in any."""
     names = list(names)
@@ -102,16 +125,7 @@ def backbone(family: registry.ModelFamily) -> Component:
 def _boxed_backbone(family: registry.ModelFamily, architecture: Any) -> PyTree:
   """What the backbone's parameters must be like, without making them."""
 
-  def init():
-    conditioning = Conditioning(
-      tokens=jnp.zeros((1, 1, architecture.joint_attention_dim)),
-      pooled=jnp.zeros((1, architecture.pooled_projection_dim)),
-    )
-    ids, x = family.latent_ids(1, 1), jnp.zeros((1, 1, architecture.in_channels))
-    t = jnp.zeros(1)
-    return family.backbone(architecture).init(jax.random.key(0), x, t, conditioning, ids, t)
-
-  return jax.eval_shape(init)['params']
+  return jax.eval_shape(lambda: family.init(family.backbone(architecture), jax.random.key(0)))
 
 
 @functools.lru_cache

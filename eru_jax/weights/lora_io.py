@@ -8,14 +8,16 @@ Two forms:
 
 What we write has alpha = rank everywhere, with the scale in the second matrix. Readers look for
 alpha in different places (metadata, tensors, nowhere: diffusers' reader of kohya files forgets
-that of the last layer), and so it is the same update to all of them.
+that of the last layer), and so it is the same update to all of them. Ranks and alphas of the
+training are in the metadata, and come back when we read the file ourselves.
 """
 
 import collections
 import json
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -24,18 +26,18 @@ import safetensors
 from absl import logging
 
 from eru_jax import __version__
-from eru_jax.errors import UserError
+from eru_jax.errors import UserError, listed
+from eru_jax.models import lora
 from eru_jax.models.flux import FluxConfig
 from eru_jax.models.lora import LoraRule
-from eru_jax.weights import lora_kohya, lora_peft
+from eru_jax.weights import lora_kohya, lora_layers, lora_peft
 from eru_jax.weights.lora_layers import Layer, Update, from_updates, layers, to_updates
-from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
+from eru_jax.weights.safetensors_io import write_safetensors
+from eru_jax.weights.tensor_files import TensorFiles
 
 PyTree = Any
 FORMS = ('diffusers', 'kohya')
 _DTYPES = ('float32', 'bfloat16', 'float16')
-# Names of each kind a message lists before it only counts, and characters of each.
-_LISTED, _NAME_LENGTH = 5, 120
 # Weights from a file that are larger are as good as infinite, and may overflow when scaled.
 _BEYOND = 1e15
 
@@ -55,6 +57,9 @@ _FOREIGN = {
   r'\.(dora_scale$|lora_magnitude_vector)': 'DoRA',
   r'\.hada_': 'LoHa',
   r'\.lokr_': 'LoKr',
+  r'\.processor\.\w+_lora\d?\.': "XLabs' names",
+  r'\.lora\.(down|up)\.weight$': "diffusers' names before PEFT",
+  r'\.lora_[AB]\.[^.]+\.weight$': "PEFT's inner names",
   r'\.(bias|diff_b)$': 'biases',
 }
 
@@ -94,13 +99,14 @@ def export_lora(
   known = layers(config)
   updates = to_updates(adapter, rules, known)
   if not updates:
-    raise UserError('This adapter is zero everywhere, so there is nothing to export.')
+    raise UserError('This adapter is zero everywhere: train it before you export it.')
   metadata = {
     'format': 'pt',
     'software': f'eru_jax {__version__}',
     'base_model': base_model,
     'form': form,
     'rules': json.dumps([[rule.pattern, rule.rank, rule.alpha] for rule in rules]),
+    **lora_layers.sizes_to_metadata(lora.sizes(adapter, rules)),
   }
   if form == 'diffusers':
     tensors = _tensors(updates, 'transformer.{}.lora_A.weight', 'transformer.{}.lora_B.weight')
@@ -152,38 +158,76 @@ def import_lora(path: str | os.PathLike, config: FluxConfig) -> tuple[PyTree, tu
 
   Returns:
     (adapter, rules): float32 numpy arrays, and for each distinct (rank, alpha) one rule that
-    names its layers. Where the file gives no alpha, it is the rank.
+    names its layers. Of a file that `export_lora` wrote, these are the alphas it was trained with;
+    where a file gives none, alpha is the rank.
 
   Raises:
     UserError: if the file is missing or damaged, or listing everything in it that this
       architecture cannot take.
   """
-  tensors = read_safetensors(path)
-  settings = lora_peft.read(path, _read_metadata(path))
-  known = layers(config)
+  files, metadata = TensorFiles(path), _read_metadata(path)
+  updates = _read(files, metadata, config, files.read)
+  sizes = lora_layers.read_sizes(path, metadata)
+  return from_updates(lora_layers.unfold(updates, layers(config), sizes), layers(config))
+
+
+def check_lora(path: str | os.PathLike, config: FluxConfig) -> None:
+  """Looks at all of an adapter file but its numbers, before anything large is read.
+
+  Raises:
+    UserError: as `import_lora`.
+  """
+  files, metadata = TensorFiles(path), _read_metadata(path)
+  _read(files, metadata, config, None)
+  lora_layers.read_sizes(path, metadata)
+
+
+def _read(
+  files: TensorFiles,
+  metadata: Mapping[str, str],
+  config: FluxConfig,
+  read: Callable[[str], np.ndarray] | None,
+) -> dict[str, Update]:
+  """The updates in a file, by the reference's module name; none if there is nothing to `read` with.
+
+  Raises:
+    UserError: as `import_lora`.
+  """
+  path, known = files.path, layers(config)
+  settings = lora_peft.read(path, metadata)
   targets = {module: lora_kohya.Original(module, (module,)) for module in known}
   targets |= {original.name: original for original in lora_kohya.originals(config)}
   targets = {name.replace('.', '_'): target for name, target in targets.items()}
 
   problems: dict[str, list[str]] = collections.defaultdict(list)
-  encoders = [key for key in tensors if key.startswith(_TEXT_ENCODERS)]
-  tensors = {key: value for key, value in tensors.items() if key not in set(encoders)}
+  encoders = [key for key in files.tensors if key.startswith(_TEXT_ENCODERS)]
+  keys = [key for key in files.tensors if key not in set(encoders)]
   updates: dict[str, Update] = {}
-  for name, parts in _by_layer(tensors, targets, problems).items():
+  found = _by_layer(keys, targets, problems)
+  for name, parts in found.items():
     target = targets[name.replace('.', '_')]
-    update = _update(name, parts, target, known, settings, problems)
+    alpha = _alpha(name, parts, files, target, known, settings, problems)
+    if alpha is None or read is None:
+      continue
+    update = _update(name, parts, alpha, read, problems)
     for module, part in (lora_kohya.split(target, update, known) if update else {}).items():
       if module in updates:
         problems['given twice'].append(name)
       updates[module] = part
   if problems:
-    listing = '; '.join(_listing(kind, names) for kind, names in sorted(problems.items()))
-    raise UserError(f'{path} holds what this model cannot take: {listing}.')
-  if not updates:
+    raise UserError(
+      f'{path} holds what this model cannot take: check which model it was made for, or save it '
+      'again in one of the forms of docs/adapters.md with the tool that made it.',
+      listed(dict(sorted(problems.items()))),
+    )
+  if not (found if read is None else updates):
     raise UserError(f'{path} holds no adapter of a FLUX.1 transformer: check which file it is.')
-  if encoders:
-    logging.warning('%s: left out, %s.', path, _listing('adapters of text encoders', encoders))
-  return from_updates(updates, known)
+  if encoders and read is not None:
+    logging.warning(
+      '%s: %d tensors of adapters of text encoders are left out, such as %r.',
+      path, len(encoders), encoders[0],
+    )  # fmt: skip
+  return updates
 
 
 def _read_metadata(path: str | os.PathLike) -> Mapping[str, str]:
@@ -191,17 +235,19 @@ def _read_metadata(path: str | os.PathLike) -> Mapping[str, str]:
     with safetensors.safe_open(path, framework='np') as file:
       return file.metadata() or {}
   except (OSError, safetensors.SafetensorError) as error:
-    raise UserError(f'The metadata of {path} cannot be read: {error}.') from error
+    raise UserError(
+      f'The metadata of {path} cannot be read ({error}): copy or download it again.'
+    ) from error
 
 
 def _by_layer(
-  tensors: Mapping[str, np.ndarray],
+  keys: Sequence[str],
   targets: Mapping[str, lora_kohya.Original],
   problems: dict[str, list[str]],
-) -> dict[str, dict[str, np.ndarray]]:
-  """'down', 'up' and 'alpha' of each layer, by its name in the file without prefixes."""
-  found: dict[str, dict[str, np.ndarray]] = {}
-  for key, value in sorted(tensors.items()):
+) -> dict[str, dict[str, str]]:
+  """Keys of 'down', 'up' and 'alpha' of each layer, by its name in the file without prefixes."""
+  found: dict[str, dict[str, str]] = {}
+  for key in sorted(keys):
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), None)
     if leaf is None:
       kind = next((kind for mark, kind in _FOREIGN.items() if re.search(mark, key)), 'unknown')
@@ -214,36 +260,50 @@ def _by_layer(
     elif _LEAVES[leaf] in found.setdefault(name, {}):
       problems['given twice'].append(key)
     else:
-      found[name][_LEAVES[leaf]] = value
+      found[name][_LEAVES[leaf]] = key
   return found
 
 
-def _update(
+def _alpha(
   name: str,
-  parts: Mapping[str, np.ndarray],
+  parts: Mapping[str, str],
+  files: TensorFiles,
   target: lora_kohya.Original,
   known: Mapping[str, Layer],
   settings: lora_peft.PeftSettings,
   problems: dict[str, list[str]],
-) -> Update | None:
-  """The update that a layer's tensors make, or None and a problem."""
+) -> float | None:
+  """The alpha of a layer whose matrices fit it, or None and a problem."""
   if 'down' not in parts or 'up' not in parts:
     problems['without their other matrix'].append(name)
     return None
-  down, up = parts['down'], parts['up']
+  down, up = (files.tensors[parts[leaf]].shape for leaf in ('down', 'up'))
   n_in, n_out = known[target.parts[0]].n_in, sum(known[part].n_out for part in target.parts)
-  rank = down.shape[0] if down.ndim else 0
-  if not rank or down.shape != (rank, n_in) or up.shape != (n_out, rank):
-    problems['wrong shape'].append(f'{name} {down.shape} {up.shape} for {n_in} -> {n_out}')
+  rank = down[0] if down else 0
+  if not rank or down != (rank, n_in) or up != (n_out, rank):
+    problems['wrong shape'].append(f'{name} {down} {up} for {n_in} -> {n_out}')
     return None
   alpha = settings.alpha_of(name, rank)
   if 'alpha' in parts:
-    value = parts['alpha']
-    alpha = float(value.item()) if value.size == 1 and value.dtype.kind in 'fViu' else None
+    stored = files.tensors[parts['alpha']]
+    # Not read at any size: it is a number.
+    sensible = math.prod(stored.shape) == 1 and stored.dtype.kind in 'fViu'
+    alpha = float(files.read(parts['alpha']).item()) if sensible else None
   if not lora_peft.valid_alpha(alpha):
     problems['alpha is no sensible number'].append(name)
     return None
-  down, up = (_float32(value) for value in (down, up))
+  return alpha
+
+
+def _update(
+  name: str,
+  parts: Mapping[str, str],
+  alpha: float,
+  read: Callable[[str], np.ndarray],
+  problems: dict[str, list[str]],
+) -> Update | None:
+  """The update that a layer's tensors make, or None and a problem."""
+  down, up = (_float32(read(parts[leaf])) for leaf in ('down', 'up'))
   if down is None or up is None:
     problems['not finite numbers'].append(name)
     return None
@@ -257,12 +317,3 @@ def _float32(value: np.ndarray) -> np.ndarray | None:
   with np.errstate(over='ignore'):
     value = value.astype(np.float32)
   return value if np.all(np.abs(value) < _BEYOND) else None
-
-
-def _listing(kind: str, names: Sequence[str]) -> str:
-  # A name is a stranger's: it stays on its line, and short.
-  shown = [
-    n if n.isprintable() and len(n) <= _NAME_LENGTH else repr(n[:_NAME_LENGTH]) for n in names
-  ]
-  more = f' and {len(names) - _LISTED} more' if len(names) > _LISTED else ''
-  return f'{kind}: {", ".join(shown[:_LISTED])}{more}'

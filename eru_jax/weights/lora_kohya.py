@@ -7,11 +7,14 @@ shift first, diffusers' and ours its scale.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from eru_jax.models.flux import FluxConfig
+from eru_jax.models import registry
+from eru_jax.weights import layouts
 from eru_jax.weights.lora_layers import Layer, Update
+from eru_jax.weights.table import cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,50 +32,24 @@ class Original:
   swapped: bool = False
 
 
-_EMBEDDERS = {
-  'time_in': 'timestep_embedder',
-  'vector_in': 'text_embedder',
-  'guidance_in': 'guidance_embedder',
-}
-_STREAMS = (
-  # original, norm, attention's output, feed-forward, and its q, k, v
-  ('img', 'norm1', 'to_out.0', 'ff', ('to_q', 'to_k', 'to_v')),
-  ('txt', 'norm1_context', 'to_add_out', 'ff_context', ('add_q_proj', 'add_k_proj', 'add_v_proj')),
-)
-
-
-def originals(config: FluxConfig) -> list[Original]:
-  """All linear layers of an architecture in the original layout."""
-  table = [
-    Original('img_in', ('x_embedder',)),
-    Original('txt_in', ('context_embedder',)),
-    Original('final_layer.linear', ('proj_out',)),
-    Original('final_layer.adaLN_modulation.1', ('norm_out.linear',), swapped=True),
+def originals(config: Any) -> list[Original]:
+  """All linear layers of an architecture in the original layout, out of the two weight tables."""
+  component = layouts.backbone(registry.family_of(config))
+  counts, tables = component.counts(config), component.layouts
+  reference = {cell.path: cell.parts for cell in cells(tables['diffusers'].rows(config), counts)}
+  parts: dict[str, list[str]] = {}
+  swapped = set()
+  for cell in cells(tables['original'].rows(config), counts):
+    if cell.row.op != 'linear':
+      continue
+    for (name, _), (part, _) in zip(cell.parts, reference[cell.path], strict=True):
+      parts.setdefault(name, []).append(part.removesuffix('.weight'))
+      if list(cell.row.ranges) != sorted(cell.row.ranges):
+        swapped.add(name)
+  return [
+    Original(name.removesuffix('.weight'), tuple(found), name in swapped)
+    for name, found in parts.items()
   ]
-  for name, module in _EMBEDDERS.items():
-    if module != 'guidance_embedder' or config.guidance_embeds:
-      for original, linear in (('in_layer', 'linear_1'), ('out_layer', 'linear_2')):
-        table.append(Original(f'{name}.{original}', (f'time_text_embed.{module}.{linear}',)))
-  for index in range(config.num_layers):
-    block = f'transformer_blocks.{index}'
-    for stream, norm, out, feed_forward, projections in _STREAMS:
-      name = f'double_blocks.{index}.{stream}'
-      table += [
-        Original(f'{name}_mod.lin', (f'{block}.{norm}.linear',)),
-        Original(f'{name}_attn.qkv', tuple(f'{block}.attn.{part}' for part in projections)),
-        Original(f'{name}_attn.proj', (f'{block}.attn.{out}',)),
-        Original(f'{name}_mlp.0', (f'{block}.{feed_forward}.net.0.proj',)),
-        Original(f'{name}_mlp.2', (f'{block}.{feed_forward}.net.2',)),
-      ]
-  for index in range(config.num_single_layers):
-    block, name = f'single_transformer_blocks.{index}', f'single_blocks.{index}'
-    parts = ('attn.to_q', 'attn.to_k', 'attn.to_v', 'proj_mlp')
-    table += [
-      Original(f'{name}.modulation.lin', (f'{block}.norm.linear',)),
-      Original(f'{name}.linear1', tuple(f'{block}.{part}' for part in parts)),
-      Original(f'{name}.linear2', (f'{block}.proj_out',)),
-    ]
-  return table
 
 
 def fuse(

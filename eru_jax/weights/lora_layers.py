@@ -2,23 +2,22 @@
 
 import dataclasses
 import functools
+import json
+import os
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from eru_jax.errors import UserError
-from eru_jax.models import lora
-from eru_jax.models.flux import FluxConfig, FluxTransformer, image_ids
-from eru_jax.types import Conditioning
-from eru_jax.weights import flux as flux_table
+from eru_jax.models import lora, registry
+from eru_jax.weights import layouts, lora_peft
 
 PyTree = Any
+# Key of the metadata of files that we wrote.
+_SIZES = 'eru_jax.layers'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,22 +63,12 @@ class Layer:
 
 
 @functools.cache
-def layers(config: FluxConfig) -> Mapping[str, Layer]:
+def layers(config: Any) -> Mapping[str, Layer]:
   """Every linear layer of an architecture, by the reference's (diffusers') module name."""
-
-  def init():
-    text = Conditioning(
-      tokens=jnp.zeros((1, 1, config.joint_attention_dim)),
-      mask=None,
-      pooled=jnp.zeros((1, config.pooled_projection_dim)),
-    )
-    x, t = jnp.zeros((1, 1, config.in_channels)), jnp.zeros(1)
-    model = FluxTransformer(config)
-    return nn.unbox(model.init(jax.random.key(0), x, t, text, image_ids(1, 1), t)['params'])
-
-  kernels = traverse_util.flatten_dict(jax.eval_shape(init), sep='/')
-  counts, found = flux_table.counts(config), {}
-  for row in flux_table.rows(config):
+  component = layouts.backbone(registry.family_of(config))
+  kernels = traverse_util.flatten_dict(component.shapes(config), sep='/')
+  counts, found = component.counts(config), {}
+  for row in component.layouts['diffusers'].rows(config):
     if row.op != 'linear':
       continue
     *stack, n_in, n_out = kernels[row.flax].shape
@@ -117,12 +106,16 @@ def to_updates(
     if leaf != 'a':
       continue
     if layer not in paths:
-      raise UserError(f'The adapter is of another model: this one has no linear layer {layer!r}.')
+      raise UserError(
+        f'The adapter is of another model: this one has no linear layer {layer!r}. Take the '
+        'adapter that was trained on it.'
+      )
     shape = (*a.shape[:-1], flat[f'{layer}/b'].shape[-1])
     wanted = (*paths[layer].stack, paths[layer].n_in, paths[layer].n_out)
     if shape != wanted:
       raise UserError(
-        f'The adapter is of another model: it maps {shape} at {layer!r}, this model {wanted}.'
+        f'The adapter is of another model: it maps {shape} at {layer!r}, this model {wanted}. Take '
+        'the adapter that was trained on it.'
       )
   updates = {}
   for module, layer in known.items():
@@ -133,6 +126,64 @@ def to_updates(
     if used.any():
       updates[module] = Update(a[:, used].T, scale * b[used].T, float(used.sum()))
   return updates
+
+
+def sizes_to_metadata(sizes: Mapping[str, tuple[int, float]]) -> dict[str, str]:
+  """What a file keeps of the ranks and alphas that an adapter was trained with.
+
+  Args:
+    sizes: path of our layer -> (rank, alpha).
+  """
+  return {_SIZES: json.dumps(sizes, sort_keys=True)}
+
+
+def read_sizes(
+  path: str | os.PathLike, metadata: Mapping[str, str]
+) -> dict[str, tuple[int, float]]:
+  """The inverse of `sizes_to_metadata`; nothing for a file that somebody else wrote.
+
+  Args:
+    path: the file, for messages.
+    metadata: of the file.
+
+  Raises:
+    UserError: if they are damaged.
+  """
+  try:
+    values = json.loads(metadata.get(_SIZES, '{}'))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{_SIZES} in {path} is no JSON ({error}): export it again.') from None
+
+  def valid(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+      return False
+    return type(value[0]) is int and all(lora_peft.valid_alpha(number) for number in value)
+
+  if not isinstance(values, dict) or not all(valid(value) for value in values.values()):
+    raise UserError(f'{_SIZES} in {path} names no ranks and alphas by layer: export it again.')
+  return {layer: (rank, float(alpha)) for layer, (rank, alpha) in values.items()}
+
+
+def unfold(
+  updates: Mapping[str, Update],
+  known: Mapping[str, Layer],
+  sizes: Mapping[str, tuple[int, float]],
+) -> dict[str, Update]:
+  """The same updates, their scales taken out of `up` again where they were trained with one.
+
+  Args:
+    updates: by the reference's module name.
+    known: what `layers` found.
+    sizes: (rank, alpha) that layers were trained with, by our path.
+  """
+  unfolded = {}
+  for module, update in updates.items():
+    rank, alpha = sizes.get(known[module].path, (update.rank, update.alpha))
+    # Components that are zero are not stored, and the scale is that of the whole rank.
+    alpha = alpha if rank == update.rank else alpha * update.rank / rank
+    up = update.up * np.float32(update.scale / (alpha / update.rank))
+    unfolded[module] = dataclasses.replace(update, up=up, alpha=alpha)
+  return unfolded
 
 
 def from_updates(

@@ -81,13 +81,15 @@ def read(path: str | os.PathLike, metadata: Mapping[str, str]) -> PeftSettings:
     )
   alpha, patterns = values.get('lora_alpha'), values.get('alpha_pattern') or {}
   if not isinstance(patterns, dict):
-    raise UserError(f'alpha_pattern in the LoRA settings of {path} is no JSON object.')
+    raise UserError(
+      f'alpha_pattern in the LoRA settings of {path} is no JSON object: export it again.'
+    )
   for name, value in [('', alpha), *patterns.items()]:
     if value is not None and not valid_alpha(value):
       where = f'of {name[:80]!r} ' if name else ''
       raise UserError(
         f'alpha {where}in the LoRA settings of {path} is no number from {_SMALLEST:g} to '
-        f'{_LARGEST:g}.'
+        f'{_LARGEST:g}: export it again.'
       )
   plain = {}
   for name, value in patterns.items():

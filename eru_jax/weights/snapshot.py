@@ -18,6 +18,18 @@ _DYNAMIC = {
   'base_shift': 0.5,
   'max_shift': 1.15,
 }
+# What else changes a scheduler's timesteps or steps -> the only value that there is here, which is
+# that of FLUX.1, and diffusers' where the config does not have it.
+_FIXED = {
+  'num_train_timesteps': 1000,
+  'use_beta_sigmas': False,
+  'use_exponential_sigmas': False,
+  'use_karras_sigmas': False,
+  'shift_terminal': None,
+  'time_shift_type': 'exponential',
+  'invert_sigmas': False,
+  'stochastic_sampling': False,
+}
 _RESOLUTION = 1024
 
 
@@ -32,7 +44,7 @@ def read_json(path: pathlib.Path, missing: str = 'copy or download it again') ->
   except FileNotFoundError:
     raise UserError(f'{path} is missing: {missing}.') from None
   except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f'{path} cannot be read: {error}.') from error
+    raise UserError(f'{path} cannot be read ({error}): copy or download it again.') from error
   if not isinstance(values, dict):
     raise UserError(f'{path} holds no JSON object: copy the file again.')
   return values
@@ -80,13 +92,27 @@ def _shift_mu(scheduler: Mapping[str, Any], path: pathlib.Path) -> float | None:
       f'{path} describes a {scheduler.get("_class_name")!r}, but FLUX.1 is sampled with a '
       f'{_SCHEDULER}: copy or download the snapshot again.'
     )
+  # A switch may be off as null, and shift_terminal as 0.
+  odd = {
+    k: scheduler[k] for k, v in _FIXED.items() if scheduler.get(k, v) != v and (v or scheduler[k])
+  }
+  if odd:
+    raise UserError(
+      f'{path}: {odd} asks for a sampler that is not built in; remove it to draw as FLUX.1 does, '
+      f'with {dict((k, _FIXED[k]) for k in odd)}.'
+    )
   if scheduler.get('use_dynamic_shifting'):
     odd = {k: scheduler[k] for k, v in _DYNAMIC.items() if scheduler.get(k, v) != v}
     if odd:
-      raise UserError(f'{path}: {odd} differs from FLUX.1-dev, whose {_DYNAMIC} is built in.')
+      raise UserError(
+        f'{path}: {odd} differs from FLUX.1-dev, whose {_DYNAMIC} is built in: remove it to draw '
+        'as FLUX.1-dev does.'
+      )
     return None
   shift = scheduler.get('shift', 1.0)
   if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
-    raise UserError(f'{path}: shift is {shift!r} but must be a positive number.')
+    raise UserError(
+      f'{path}: shift is {shift!r} but must be a positive number: copy or download it again.'
+    )
   # The same map: s / (s + 1/t - 1) is FLUX's with s = e^mu.
   return math.log(shift)

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from eru_jax.errors import UserError
+from eru_jax.errors import UserError, listed
 from eru_jax.models import registry
 from eru_jax.models.quantize import is_quantised
 from eru_jax.weights import arrays as orbax_arrays
-from eru_jax.weights import snapshot, table
+from eru_jax.weights import snapshot
+from eru_jax.weights.casting import fill
 from eru_jax.weights.layouts import Component
 from eru_jax.weights.streaming import Stored, sharding_of
 from eru_jax.weights.tensor_files import TensorFiles
@@ -101,6 +102,15 @@ class Weights:
     self._check(found)
     return found
 
+  def is_rounded(self, pattern: str) -> bool:
+    """Whether all kernels of the layers that a regular expression is found in are int8 already.
+
+    Raises:
+      UserError: as `specs`.
+    """
+    kernels = [x.dtype for path, x in self.specs().items() if is_quantised(path, x.shape, pattern)]
+    return all(dtype == np.int8 for dtype in kernels)
+
   def tensors(self, layout: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """(shape, dtype) of the reference's tensors in one of the component's layouts, in the order in
     which its module holds them.
@@ -108,18 +118,11 @@ class Weights:
     Raises:
       UserError: as `specs`, or if arrays of different dtypes would share a tensor.
     """
-    specs, counts = self.specs(), self.component.counts(self.config)
-    rows = self.component.layouts[layout].rows(self.config)
-    dtypes: dict[str, Any] = {}
-    for cell in table.cells(rows, counts):
-      dtype = np.dtype(specs[cell.path].dtype)
-      for name, _ in cell.parts:
-        if dtypes.setdefault(name, dtype) != dtype:
-          raise UserError(
-            f'{self.place}: parts of {name} are {dtypes[name]} and {dtype}: give one --dtype.'
-          )
-    shapes = table.torch_shapes(rows, counts, self.component.shapes(self.config))
-    return {name: (shape, dtypes[name]) for name, shape in shapes.items()}
+    dtypes = {path: np.dtype(spec.dtype) for path, spec in self.specs().items()}
+    try:
+      return self.component.tensors(self.config, layout, dtypes)
+    except UserError as error:
+      raise error.at(self.place) from error
 
   def _dtype(self, path: str, dtype: Any) -> Any:
     if self.cast is None or dtype == np.int8 or path.endswith('kernel_scale'):
@@ -133,16 +136,20 @@ class Weights:
     for path, shape in list(wanted.items()):
       if path in found and found[path].dtype == np.int8 and is_quantised(path, shape, ''):
         wanted[f'{path}_scale'] = (*shape[:-2], shape[-1])
-    odd = [
-      f'{path} {found[path].shape if path in found else "missing"}, for {wanted.get(path, "none")}'
-      for path in sorted({*wanted, *found})
-      if path not in found or path not in wanted or tuple(found[path].shape) != wanted[path]
-    ]
-    if odd:
-      more = f' and {len(odd) - 10} more' if len(odd) > 10 else ''
+    problems = {
+      'missing': sorted(set(wanted) - set(found)),
+      'unexpected': sorted(set(found) - set(wanted)),
+      'wrong shape': [
+        f'{path} {tuple(found[path].shape)} instead of {shape}'
+        for path, shape in wanted.items()
+        if path in found and tuple(found[path].shape) != shape
+      ],
+    }
+    if any(problems.values()):
       raise UserError(
-        f'{self.place}: the arrays do not fit this model ({"; ".join(odd[:10])}{more}): check that '
-        'they and config.json belong together.'
+        f'{self.place}: the arrays do not fit this model: check that they and config.json belong '
+        'together.',
+        listed(problems),
       )
 
   def arrays(
@@ -154,7 +161,7 @@ class Weights:
       shardings: path -> where an array goes; None keeps them on the host, as numpy arrays.
 
     Raises:
-      UserError: as `specs`, or if what is stored is damaged.
+      UserError: as `specs`, or if what is stored is damaged or too large for the dtype.
     """
     if self.stored is not None:
       yield from self.stored.arrays(shardings)
@@ -164,7 +171,11 @@ class Weights:
     if shardings is not None:
       where = {path: sharding_of(path, len(spec.shape), shardings) for path, spec in wanted.items()}
     for path, array in orbax_arrays.load(self.place, where):
-      yield path, array.astype(wanted[path].dtype, copy=False)
+      dtype = wanted[path].dtype
+      if array.dtype != dtype and isinstance(array, np.ndarray):
+        values, array = array, np.empty(array.shape, dtype)
+        fill(array, values, f'{self.place}: {path}')
+      yield path, array.astype(dtype, copy=False)
 
 
 def open_weights(
@@ -184,23 +195,24 @@ def open_weights(
   """
   directory = source if source.is_dir() else source.parent
   config_path = directory / component.folder / 'config.json'
-  config = component.config.from_dict(read_json(config_path)) if config_path.exists() else None
+  config = _architecture(component, config_path) if config_path.exists() else None
   arrays = directory / component.folder / ARRAYS
   if source.is_dir() and orbax_arrays.exists(arrays):
     if config is None:
       read_json(config_path)
-    if int8 is not None:
+    weights = Weights(component, config, arrays, 'eru', None, cast)
+    if int8 is not None and not weights.is_rounded(int8):
       raise UserError(
-        f'Kernels are rounded to int8 as they are read from safetensors, and {arrays} holds Orbax '
-        'arrays: convert from the files they were made of, with --int8.'
+        f'Kernels are rounded to int8 as they are read from safetensors, and {arrays} holds whole '
+        'ones in Orbax arrays: convert the files they were made of once more, with --int8.'
       )
-    return Weights(component, config, arrays, 'eru', None, cast)
+    return weights
   files = TensorFiles(source) if source.is_file() else _files(component, source, config_path)
   name = component.layout_of(files.tensors)
   if name is None:
     raise UserError(
       f'{files.path} holds no weights of this kind: not one of its {len(files.tensors)} tensors is '
-      f'named as in {" or ".join(component.layouts)}.'
+      f'named as in {" or ".join(component.layouts)}. Check which model it is of.'
     )
   layout = component.layouts[name]
   if config is None:
@@ -217,6 +229,15 @@ def open_weights(
     layout.prefix,
   )
   return Weights(component, config, files.path, name, stored, cast)
+
+
+def _architecture(component: Component, path: pathlib.Path) -> Any:
+  """The architecture in a config.json; errors name the file."""
+  values = read_json(path)
+  try:
+    return component.config.from_dict(values)
+  except UserError as error:
+    raise error.at(path) from error
 
 
 def holds(component: Component, source: pathlib.Path) -> bool:

@@ -59,7 +59,7 @@ class Stored:
     try:
       table.check(found, self.rows, self.counts, self.shapes, cast=self.cast is not None)
     except UserError as error:
-      raise UserError(f'{self.files.path}: {error}') from error
+      raise error.at(self.files.path) from error
 
   def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of the arrays that `arrays` yields, by path and in its order.
@@ -104,6 +104,12 @@ class Stored:
       scale = dataclasses.replace(cell, row=row, path=path)
       spec = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), np.float32)
       yield path, spec, scale, reader.scale
+
+
+def narrowed(stored: Stored, dtype: Any) -> Stored:
+  """The same, cast to a dtype on the way if any of the tensors is wider than that."""
+  wider = any(x.dtype.itemsize > np.dtype(dtype).itemsize for x in stored.files.tensors.values())
+  return dataclasses.replace(stored, cast=dtype) if wider else stored
 
 
 class _Int8Reader:

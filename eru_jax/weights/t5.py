@@ -1,4 +1,4 @@
-"""Weight table of transformers' T5EncoderModel and eru_jax.models.t5, and its loader."""
+"""Weight table of transformers' T5EncoderModel and eru_jax.models.t5, and its files."""
 
 import os
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from eru_jax import sharding
-from eru_jax.errors import UserError
 from eru_jax.models.t5 import T5Config, T5Encoder
-from eru_jax.weights.safetensors_io import read_safetensors
-from eru_jax.weights.table import Row, linear, norm, to_flax
+from eru_jax.weights.streaming import Stored
+from eru_jax.weights.table import Row, linear, norm
+from eru_jax.weights.tensor_files import TensorFiles
 
 # One tensor with two names, of which a file may hold either or both.
 _EMBEDDING, _TIED = 'shared.weight', 'encoder.embed_tokens.weight'
@@ -45,27 +45,26 @@ def counts(config: T5Config) -> Mapping[str, int]:
   return {'i': config.num_layers}
 
 
-def shapes(config: T5Config) -> dict[str, Any]:
-  """Shapes the parameters must have, without making them."""
+def boxed(config: T5Config) -> dict[str, Any]:
+  """What the parameters must be like and their logical axes, without making them."""
   ids = jnp.zeros((1, 2), jnp.int32)
-  return sharding.unboxed(jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids)['params'])
+  return jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids)['params']
 
 
-def load(path: str | os.PathLike, config: T5Config) -> dict[str, Any]:
-  """Parameters of T5's encoder out of its safetensors file or the index of its shards.
+def shapes(config: T5Config) -> dict[str, Any]:
+  """Shapes the parameters must have."""
+  return sharding.unboxed(boxed(config))
 
-  Returns:
-    Nested dict of numpy arrays in the file's dtype.
+
+def stored(path: str | os.PathLike, config: T5Config) -> Stored:
+  """T5's encoder in its safetensors file or the index of its shards, to be read array by array.
 
   Raises:
-    UserError: naming the file, if it is damaged or of another architecture.
+    UserError: if a file is missing or damaged, naming it.
   """
-  tensors = read_safetensors(path)
-  kept = {name: value for name, value in tensors.items() if not name.startswith(_IGNORED)}
-  tied = kept.pop(_TIED, None)
+  files = TensorFiles(path)
+  names = {name: name for name in files.tensors if not name.startswith(_IGNORED)}
+  tied = names.pop(_TIED, None)
   if tied is not None:
-    kept.setdefault(_EMBEDDING, tied)
-  try:
-    return to_flax(kept, rows(config), counts(config), shapes(config))
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from error
+    names.setdefault(_EMBEDDING, tied)
+  return Stored(files.renamed(names), rows(config), counts(config), shapes(config))

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from eru_jax.errors import UserError
+from eru_jax.errors import UserError, listed
 
 PyTree = Any
 Index = tuple[slice, ...]
 # (tensor, index into it, where to put what is there)
 ReadInto = Callable[[str, Index, np.ndarray], None]
-# Names of each kind a message lists before it only counts.
-_LISTED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +136,6 @@ def torch_shapes(
   return {name: found[name] for name in names(rows, counts)}
 
 
-def _listing(kind: str, found: Sequence[str]) -> str:
-  more = f' and {len(found) - _LISTED} more' if len(found) > _LISTED else ''
-  return f'{kind}: {", ".join(found[:_LISTED])}{more}'
-
-
 def check(
   found: Mapping[str, Any],
   rows: Sequence[Row],
@@ -174,30 +167,30 @@ def check(
     problems['missing'] |= dict.fromkeys(name for name, _ in cell.parts if name not in found)
     if not present:
       continue
-    first, place = found[present[0]], ''
+    first = found[present[0]]
     expected, rank = tuple(first.shape), _RANKS.get(cell.row.op, len(first.shape))
     if wanted is not None and cell.path in wanted:
-      shape = tuple(wanted[cell.path].shape)
-      expected, place = _torch_shape(cell, shape, lengths), f', for {cell.path} {shape}'
+      expected = _torch_shape(cell, tuple(wanted[cell.path].shape), lengths)
     elif cell.row.torch in lengths:
       expected = (lengths[cell.row.torch], *expected[1:])
     for name in present:
       shape, dtype = tuple(found[name].shape), np.dtype(found[name].dtype)
-      if shape != expected or len(shape) != rank:
-        problems['wrong shape'][f'{name} {shape}{place}'] = None
+      if shape != expected:
+        problems['wrong shape'][f'{name} {shape} instead of {expected}'] = None
+      elif len(shape) != rank:
+        problems['wrong shape'][f'{name} {shape} instead of {rank} axes'] = None
       if not _is_float(dtype):
         problems['wrong dtype'][f'{name} {dtype}, which is no floating point'] = None
       elif dtype != first.dtype and not cast:
         problems['wrong dtype'][f'{name} {dtype}, but {present[0]} {first.dtype}'] = None
   problems['unexpected'] = dict.fromkeys(sorted(set(found) - seen))
-  parts = [_listing(kind, list(listed)) for kind, listed in problems.items() if listed]
   paths = {cell.path for cell in table}
-  if wanted is not None and not parts and set(wanted) != paths:
-    parts.append(_listing('not in the table', sorted(set(wanted) ^ paths)))
-  if parts:
+  if wanted is not None and not any(problems.values()) and set(wanted) != paths:
+    problems['not in the table'] = dict.fromkeys(sorted(set(wanted) ^ paths))
+  if any(problems.values()):
     raise UserError(
-      f'The weights do not fit this model ({"; ".join(parts)}): check that weights and '
-      'config.json belong together.'
+      'The weights do not fit this model: check that they and config.json belong together.',
+      listed(problems),
     )
 
 
@@ -325,8 +318,10 @@ def to_torch(
   missing = [cell.path for cell in table if cell.path not in flat]
   unknown = sorted(set(flat) - {cell.path for cell in table})
   if missing or unknown:
-    parts = [_listing(k, v) for k, v in (('missing', missing), ('unknown', unknown)) if v]
-    raise UserError(f'These parameters do not fit the weight table ({"; ".join(parts)}).')
+    raise UserError(
+      'These parameters do not fit the weight table of this model: take those that belong to it.',
+      listed({'missing': missing, 'unknown': unknown}),
+    )
   tensors: dict[str, np.ndarray] = {}
   for cell in table:
     for name, first, part in scatter(cell, np.asarray(flat[cell.path])):

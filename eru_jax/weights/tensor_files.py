@@ -6,6 +6,7 @@ than one is held. https://huggingface.co/docs/safetensors describes the format: 
 header (8 bytes), the header (JSON: name -> dtype, shape, data_offsets), the tensors.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,7 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from eru_jax.errors import UserError
+from eru_jax.errors import UserError, listed
+from eru_jax.weights.casting import fill
 
 # In the order in which the library sorts tensors of different types: it puts the wide ones first.
 DTYPES = {
@@ -89,6 +91,21 @@ def header_tensors(header: bytes, path: pathlib.Path, size: int | None = None) -
   return found
 
 
+def _weight_map(index: Any) -> dict[str, str]:
+  """Tensor -> shard, of the contents of an index.
+
+  Raises:
+    ValueError: if it is no such table.
+  """
+  where = index.get('weight_map') if isinstance(index, dict) else None
+  if not isinstance(where, dict):
+    raise ValueError('it has no table weight_map')
+  odd = [name for name, shard in where.items() if not isinstance(shard, str)]
+  if odd:
+    raise ValueError(f'weight_map has {where[odd[0]]!r} for {odd[0]!r}, which is no file name')
+  return where
+
+
 def _is_metadata(value: Any) -> bool:
   return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
@@ -149,13 +166,30 @@ def _open(path: pathlib.Path) -> tuple[bytes, dict[str, Tensor]]:
       header = file.read(length)
     return header, header_tensors(header, path, size)
   except FileNotFoundError:
-    raise UserError(f'There is no weights file {path}.') from None
+    raise UserError(f'There is no weights file {path}: {_instead(path)}.') from None
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror or error}.') from error
   except ValueError as error:
     raise UserError(
       f'{path} is not a whole safetensors file ({error}): copy or download it again.'
     ) from error
+
+
+def _instead(path: pathlib.Path) -> str:
+  """What to do without a file, by what lies where it should be."""
+  stem = path.name.partition('.')[0]
+  beside = sorted(other.name for other in path.parent.glob('*')) if path.parent.is_dir() else []
+  # As 'model.fp16.safetensors', which diffusers takes on request.
+  variants = [n for n in beside if n.endswith('.safetensors') and n.startswith(f'{stem}.')]
+  if variants:
+    return f'{variants[0]} is there, a variant; rename it to {path.name} to use it'
+  pickles = [n for n in beside if n.endswith(('.bin', '.pt', '.pth', '.ckpt'))]
+  if pickles:
+    return (
+      f'{pickles[0]} is there, which may hold programs and is not read; save the model again '
+      'with safe_serialization=True'
+    )
+  return 'copy or download it'
 
 
 class TensorFiles:
@@ -187,21 +221,42 @@ class TensorFiles:
     self.path = index
     try:
       self.index = index.read_text(encoding='utf-8')
-      where = dict(json.loads(self.index)['weight_map'])
-      shards = sorted(set(where.values()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-      raise UserError(f'{index} is not a readable safetensors index: {error}.') from error
-    for shard in shards:
-      if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
-        raise UserError(f'{index} names a shard outside its own directory: {shard!r}.')
+      where = _weight_map(json.loads(self.index))
+    except (OSError, ValueError, RecursionError) as error:
+      raise UserError(
+        f'{index} is not a readable safetensors index ({error}): copy or download it again.'
+      ) from error
+    for shard in sorted(set(where.values())):
+      if pathlib.PurePath(shard).name != shard:
+        raise UserError(
+          f'{index} names a shard outside its own directory, {shard!r}: copy or download it again.'
+        )
       self.headers[shard], tensors = _open(index.with_name(shard))
       twice = sorted(set(tensors) & set(self.tensors))
       if twice:
-        raise UserError(f'{index}: {twice[0]!r} is in {shard} and in another shard.')
+        raise UserError(
+          f'{index}: {shard} holds tensors that another shard has too: copy or download all of '
+          'them again.',
+          listed({'twice': twice}),
+        )
       self.tensors |= tensors
     lacking = sorted(set(where) - set(self.tensors))
     if lacking:
-      raise UserError(f'{index} promises {lacking[0]!r} (and {len(lacking) - 1} more), not found.')
+      raise UserError(
+        f'{index} promises {len(lacking)} tensors that its shards do not hold: copy or download '
+        'all of them again.',
+        listed({'missing': lacking}),
+      )
+
+  def renamed(self, names: Mapping[str, str]) -> 'TensorFiles':
+    """The same files with other tensors in them.
+
+    Args:
+      names: name that a tensor gets -> name that it has; those without one are left out.
+    """
+    view = copy.copy(self)
+    view.tensors = {new: self.tensors[old] for new, old in names.items()}
+    return view
 
   def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
     """Reads a part of a tensor; of the first axis, only what is wanted is touched.
@@ -212,7 +267,8 @@ class TensorFiles:
       out: C-contiguous array of the part's shape, to whose dtype it is cast.
 
     Raises:
-      UserError: if the file has become shorter or cannot be read any more.
+      UserError: if the file has become shorter or cannot be read any more, or a number is too large
+        for the dtype.
     """
     tensor = self.tensors[name]
     first, *rest = index or (slice(0, 1),)
@@ -228,7 +284,7 @@ class TensorFiles:
       chunk = target if whole else np.empty((len(target), *inner), tensor.dtype)
       _read_exactly(tensor, (first.start + start) * row, chunk)
       if not whole:
-        target[...] = chunk[(slice(None), *rest)]
+        fill(target, chunk[(slice(None), *rest)], f'{tensor.path}: {name}')
 
   def read(self, name: str) -> np.ndarray:
     """A whole tensor.

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from eru_jax import sharding
 from eru_jax.data import pipeline
 from eru_jax.losses.autoencoding import autoencoding
 from eru_jax.training.experiment import Experiment, Snapshot
@@ -31,9 +30,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: AutoencoderStageCo
   return Stage(
     program=StageProgram(loss, accumulation=config.accumulation),
     trainable=snapshot.autoencoder,
-    make_frozen=lambda: {
-      'pictures': jax.device_put(pictures, sharding.replicated(experiment.mesh))
-    },
+    make_frozen=lambda: experiment.place({'pictures': pictures}),
     batches=pipeline.batches(len(pictures), config.batch_size, experiment.config.seed),
     assemble=lambda index: index,
   )
@@ -44,12 +41,14 @@ def absorb(experiment: Experiment, snapshot: Snapshot, params) -> Snapshot:
 
   The backbone sees (z - shift) * scale with zero mean and unit variance over the world.
   """
+  if experiment.planned:
+    return dataclasses.replace(snapshot, autoencoder=params)
   model = snapshot.model
-  encode = jax.jit(lambda x: model.autoencoder.apply({'params': params}, x, method='encode')[0])
+  encode = jax.jit(lambda p, x: model.autoencoder.apply({'params': p}, x, method='encode')[0])
   pictures = experiment.world.pictures.images
   latents = jnp.concatenate(
     [
-      encode(pictures[start : start + 64].astype('float32') / 127.5 - 1)
+      encode(params, pictures[start : start + 64].astype('float32') / 127.5 - 1)
       for start in range(0, len(pictures), 64)
     ]
   )

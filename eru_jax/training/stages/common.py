@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from eru_jax.models import lora
-from eru_jax.training.experiment import Experiment, Snapshot, init_sharded
+from eru_jax.training.experiment import Experiment, Snapshot
 
 
 def initial_trainable(experiment: Experiment, snapshot: Snapshot) -> Any:
@@ -21,7 +21,7 @@ def initial_trainable(experiment: Experiment, snapshot: Snapshot) -> Any:
     boxed = model.init(key, experiment.config.model.num_text_tokens)
     return lora.init(key, boxed, model.lora)
 
-  return init_sharded(init, experiment.mesh)
+  return experiment.initialise(init)
 
 
 def unstacked(tree: Any, rows: jax.Array) -> Any:

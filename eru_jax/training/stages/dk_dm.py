@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from eru_jax import sharding
 from eru_jax.data import pipeline
 from eru_jax.errors import UserError
+from eru_jax.models.registry import DiffusionModel
+from eru_jax.training.batches import Rows, on_mesh
 from eru_jax.training.evaluation import spread
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
@@ -19,6 +23,21 @@ from eru_jax.training.stages.common import initial_trainable
 from eru_jax.training.state import OptimizerConfig, two_time_scales
 from eru_jax.training.step import StageProgram
 from eru_jax.training.variants.dk_dm import VARIANTS, DkDm, critic_loss, matching_loss
+from eru_jax.training.watch import rest, tick
+
+
+def teacher_sampler(experiment: Experiment, model: DiffusionModel, cfg_scale: float) -> Callable:
+  """The compiled (backbone, key, conditioning of a batch) -> latents (B, S, C)."""
+  batch_size, schedule = experiment.config.evaluation.batch_size, experiment.schedule(model)
+
+  def draw(backbone, key, conditioning):
+    noise = jax.random.normal(key, (batch_size, *model.latent_shape))
+    velocity_fn = model.velocity(backbone)
+    null = experiment.text.null
+    return model.sample(velocity_fn, noise, conditioning, schedule, null, cfg_scale)
+
+  layout = split_tokens(experiment.mesh, (batch_size, *model.latent_shape))
+  return jax.jit(draw, out_shardings=layout)
 
 
 def teacher_pictures(
@@ -33,28 +52,33 @@ def teacher_pictures(
   Deterministic in the config, so that a resumed run makes the same ones again.
   """
   model, batch_size = snapshot.model, experiment.config.evaluation.batch_size
-  schedule = experiment.schedule(model)
-
-  @jax.jit
-  def draw(backbone, key, conditioning):
-    noise = jax.random.normal(key, (batch_size, *model.latent_shape))
-    velocity_fn = model.velocity(backbone)
-    null = experiment.text.null
-    return model.sample(velocity_fn, noise, conditioning, schedule, null, cfg_scale)
-
+  if experiment.planned:
+    return jax.ShapeDtypeStruct((len(prompts), seeds, *model.latent_shape), jnp.float32)
+  draw = teacher_sampler(experiment, model, cfg_scale)
   key = experiment.key('teacher pictures')
   rows = np.repeat(experiment.text.index(prompts), seeds)
   parts = []
   for start in range(0, len(rows), batch_size):
     part = np.resize(rows[start : start + batch_size], batch_size)
-    conditioning = experiment.text.take(part)
+    conditioning = on_mesh(Rows(experiment.text.take, part), experiment.mesh)
     drawn = draw(snapshot.backbone, jax.random.fold_in(key, start), conditioning)
     parts.append(drawn[: len(rows) - start])
+    tick(f'teacher picture {start + batch_size} of {len(rows)}')
+  rest()
   return jnp.concatenate(parts).reshape(len(prompts), seeds, *model.latent_shape)
+
+
+def split_tokens(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+  """Layout of pictures (..., S, C): every device has a part of each, so that any can be picked
+  without a word to the others. Whole where the devices do not divide S."""
+  axes = mesh.axis_names if shape[-2] % mesh.size == 0 else None
+  return NamedSharding(mesh, P(*[None] * (len(shape) - 2), axes, None))
 
 
 def data_pictures(experiment: Experiment, snapshot: Snapshot, names: list[str]) -> jax.Array:
   """The world's own pictures of these names: latents (names, 1, S, C) float32."""
+  if experiment.planned:
+    return jax.ShapeDtypeStruct((len(names), 1, *snapshot.model.latent_shape), jnp.float32)
   pictures = experiment.world.pictures
   rows = [pictures.names.index(name) for name in names]
   images = jnp.asarray(pictures.images[rows], jnp.float32) / 127.5 - 1
@@ -67,7 +91,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
   Raises:
     UserError: if there is no pair to train on.
   """
-  model, mesh = snapshot.model, experiment.mesh
+  model = snapshot.model
   pairs = experiment.prompts('train')
   if not pairs:
     raise UserError('dk_dm: there is no pair with split "train" to learn from.')
@@ -102,13 +126,14 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
     frozen = {'pictures': pictures}
     if config.variant == 'supervised':
       frozen['data'] = data_pictures(experiment, snapshot, anchors)
-    return {'backbone': snapshot.backbone, **jax.device_put(frozen, sharding.replicated(mesh))}
+    layout = jax.tree.map(lambda x: split_tokens(experiment.mesh, x.shape), frozen)
+    return {'backbone': snapshot.backbone, **experiment.place(frozen, layout)}
 
   def texts(rows):
     return {
       'anchor': anchor_of_pair[rows],
-      'implicit': experiment.text.take(implicit_rows[rows]),
-      'explicit': experiment.text.take(explicit_rows[rows]),
+      'implicit': Rows(experiment.text.take, implicit_rows[rows]),
+      'explicit': Rows(experiment.text.take, explicit_rows[rows]),
     }
 
   def assemble(index):
@@ -116,7 +141,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
     batch = {
       'pairs': texts(index['pairs']),
       'rollouts': texts(index['rollouts']),
-      'preserved': {'anchor': keep, 'prompt': experiment.text.take(kept_rows[keep])},
+      'preserved': {'anchor': keep, 'prompt': Rows(experiment.text.take, kept_rows[keep])},
     }
     if variant.critic:
       turns = np.arange(updates) == updates - 1
@@ -157,6 +182,8 @@ def build(experiment: Experiment, snapshot: Snapshot, config: DkDmStageConfig) -
       experiment.config.seed,
     ),
     assemble=assemble,
+    # A fresh adapter is nobody else's.
+    consumes=bool(model.lora) and snapshot.trainable is None,
   )
 
 

@@ -9,20 +9,26 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eru_jax import flow
+from eru_jax import flow, sharding
 from eru_jax.data import pipeline
-from eru_jax.data.image_files import read_image
+from eru_jax.data.image_files import check_image, read_image
 from eru_jax.data.latents import LatentFile, write_latents
+from eru_jax.data.pairs import KnowledgePair
+from eru_jax.data.world import World
+from eru_jax.distributed import main_first, to_host
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory
 from eru_jax.losses.flow_matching import flow_matching
 from eru_jax.models.registry import DiffusionModel
-from eru_jax.training.experiment import Experiment, Snapshot
+from eru_jax.training.batches import Rows
+from eru_jax.training.config import DataConfig
+from eru_jax.training.experiment import Experiment, Snapshot, open_world
 from eru_jax.training.loop import Stage
 from eru_jax.training.stage_config import FlowMatchingStageConfig
 from eru_jax.training.stages.common import initial_trainable
@@ -32,7 +38,7 @@ from eru_jax.training.text_dropout import perturb
 
 def encode_pictures(snapshot: Snapshot, pictures: np.ndarray, batch_size: int = 64) -> jax.Array:
   """Packed latents (N, S, C) float32 of pictures (N, H, W, 3) uint8."""
-  encode = _encoder(snapshot)
+  encode = encoder(snapshot)
   parts = [
     encode(snapshot.autoencoder, pictures[start : start + batch_size])
     for start in range(0, len(pictures), batch_size)
@@ -40,7 +46,8 @@ def encode_pictures(snapshot: Snapshot, pictures: np.ndarray, batch_size: int = 
   return jnp.concatenate(parts)
 
 
-def _encoder(snapshot: Snapshot) -> Callable:
+def encoder(snapshot: Snapshot) -> Callable:
+  """The compiled (autoencoder, pictures (B, H, W, 3) uint8) -> packed latents (B, S, C)."""
   return jax.jit(lambda p, x: snapshot.model.encode(p, x.astype(jnp.float32) / 127.5 - 1))
 
 
@@ -52,7 +59,8 @@ def encode_files(snapshot: Snapshot, files: list[str]) -> LatentFile:
   """
   model = snapshot.model
   digest = hashlib.sha256(repr((model.height, model.width, model.autoencoder.config)).encode())
-  for leaf in jax.tree.leaves(snapshot.autoencoder):
+  params = to_host(snapshot.autoencoder)
+  for leaf in jax.tree.leaves(params):
     digest.update(np.asarray(leaf).tobytes())
   for file in files:
     try:
@@ -60,16 +68,44 @@ def encode_files(snapshot: Snapshot, files: list[str]) -> LatentFile:
     except OSError as error:
       raise UserError(f'The picture {file} cannot be read: {error.strerror or error}.') from error
   path = cache_directory() / 'latents' / f'{digest.hexdigest()[:32]}.array_record'
-  if not path.is_file():
-    write_latents(path, _encoded(snapshot, files))
+  with main_first(), sharding.use_mesh(sharding.this_device()):
+    if not path.is_file():
+      write_latents(path, _encoded(snapshot, params, files))
   return LatentFile(path, model.latent_shape)
 
 
-def _encoded(snapshot: Snapshot, files: list[str]) -> Iterator[np.ndarray]:
-  encode = _encoder(snapshot)
+def _encoded(snapshot: Snapshot, params: Any, files: list[str]) -> Iterator[np.ndarray]:
+  encode, params = encoder(snapshot), jax.device_put(params)
   for file in files:
     image = read_image(file, snapshot.model.height, snapshot.model.width)
-    yield np.asarray(encode(snapshot.autoencoder, image[None])[0])
+    yield np.asarray(encode(params, image[None])[0])
+
+
+def check_pictures(data: DataConfig) -> None:
+  """Looks at the headers of the pictures that training pairs name, before hours of other things.
+
+  Raises:
+    UserError: if a training pair of a world of prompts has no picture, or a damaged one.
+  """
+  if data.world == 'prompts':
+    for pair in _pictured(open_world(data)):
+      check_image(pair.image, f'flow_matching: pair {pair.id!r}')
+
+
+def _pictured(world: World) -> tuple[KnowledgePair, ...]:
+  """The training pairs of a world of prompts, all of which name a picture.
+
+  Raises:
+    UserError: if one does not.
+  """
+  pairs = world.splits['train'].pairs if 'train' in world.splits else ()
+  bare = [pair.id for pair in pairs if pair.image is None]
+  if bare or not pairs:
+    raise UserError(
+      f'flow_matching: {len(bare)} of {len(pairs)} training pairs have no `image` '
+      f'({", ".join(bare[:3])}): give each the path of its picture.'
+    )
+  return pairs
 
 
 def _examples(experiment: Experiment, snapshot: Snapshot) -> tuple[list[str], Callable]:
@@ -79,21 +115,27 @@ def _examples(experiment: Experiment, snapshot: Snapshot) -> tuple[list[str], Ca
     UserError: if a training pair of a world of prompts has no picture.
   """
   pictures = experiment.world.pictures
+
+  def unknown(rows):
+    return np.zeros((len(rows), *snapshot.model.latent_shape), np.float32)
+
   if pictures is not None:
 
     def encoded():
-      return np.asarray(encode_pictures(snapshot, pictures.images)).__getitem__
+      if experiment.planned:
+        return unknown
+      return to_host(encode_pictures(snapshot, pictures.images)).__getitem__
 
     return list(pictures.names), encoded
-  pairs = experiment.prompts('train')
-  bare = [pair.id for pair in pairs if pair.image is None]
-  if bare or not pairs:
-    raise UserError(
-      f'flow_matching: {len(bare)} of {len(pairs)} training pairs have no `image` '
-      f'({", ".join(bare[:3])}): give each the path of its picture.'
-    )
+  pairs = _pictured(experiment.world)
   files = [pair.image for pair in pairs]
-  return [pair.implicit for pair in pairs], lambda: encode_files(snapshot, files).take
+
+  def stored():
+    if experiment.planned:
+      return unknown
+    return encode_files(snapshot, files).take
+
+  return [pair.implicit for pair in pairs], stored
 
 
 def build(experiment: Experiment, snapshot: Snapshot, config: FlowMatchingStageConfig) -> Stage:
@@ -120,7 +162,8 @@ def build(experiment: Experiment, snapshot: Snapshot, config: FlowMatchingStageC
     )
 
   def assemble(index):
-    return {'latents': latents()(index), 'text': cut(experiment.text.take(rows[index]))}
+    text = Rows(lambda picked: cut(experiment.text.take(picked)), rows[index])
+    return {'latents': Rows(latents(), index), 'text': text}
 
   def loss(params, frozen, batch, key, step):
     del step
@@ -146,6 +189,8 @@ def build(experiment: Experiment, snapshot: Snapshot, config: FlowMatchingStageC
     make_frozen=lambda: {'backbone': snapshot.backbone} if model.lora else {},
     batches=pipeline.batches(len(prompts), config.batch_size, experiment.config.seed),
     assemble=assemble,
+    # The diagnosis at the end of a run compares with the base.
+    consumes=not model.lora and not experiment.config.evaluation.diagnosis,
   )
 
 

@@ -13,14 +13,15 @@ from eru_jax.errors import UserError
 from eru_jax.losses import policy_gradient
 from eru_jax.rewards.anchors import anchored, read_anchors
 from eru_jax.rewards.base import Reward
-from eru_jax.rewards.clip import load_clip_reward, read_clip_directory
+from eru_jax.rewards.clip import describe_clip_reward, load_clip_reward, read_clip_directory
 from eru_jax.rewards.emoji import EmojiReward
+from eru_jax.training.batches import Rows
 from eru_jax.training.config import model_path
 from eru_jax.training.experiment import Experiment, Snapshot, prepare_model
 from eru_jax.training.loop import Stage
 from eru_jax.training.stage_config import NoRlStageConfig
 from eru_jax.training.stages.common import initial_trainable, unstacked
-from eru_jax.training.step import StageProgram
+from eru_jax.training.step import StageProgram, joined_leading, split_leading
 from eru_jax.training.text_dropout import perturb
 from eru_jax.training.variants import no_rl as variants
 
@@ -52,12 +53,16 @@ def open_reward(experiment: Experiment, snapshot: Snapshot, config: NoRlStageCon
     reward = Reward(snapshot.reward, judge, lambda table: table.index)
   else:
     dtype = experiment.config.model.dtype
-    clip = load_clip_reward(model_path(config.reward_model), config.reward, jnp.dtype(dtype))
-    reward = Reward(
-      jax.device_put(clip.params, clip.shardings(experiment.mesh)),
-      clip.score,
-      lambda table: clip.text_features([pair.implicit for pair in table.pairs]),
-    )
+    load = describe_clip_reward if experiment.planned else load_clip_reward
+    clip = load(model_path(config.reward_model), config.reward, jnp.dtype(dtype))
+
+    def text_features(table):
+      if experiment.planned:
+        return np.zeros((len(table.pairs), clip.config.vision.projection_dim), np.float32)
+      return clip.text_features([pair.implicit for pair in table.pairs])
+
+    params = experiment.place(clip.params, clip.shardings(experiment.mesh))
+    reward = Reward(params, clip.score, text_features)
   if config.reward_anchors:
     reward = anchored(reward, read_anchors(config.reward_anchors))
   return reward
@@ -121,7 +126,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     picked, answers = jax.tree.map(
       lambda x: np.repeat(x[order], config.images_per_prompt, axis=0), (picked, answers)
     )
-    return {'text': experiment.text.take(picked), 'answer': answers}
+    return {'text': Rows(experiment.text.take, picked), 'answer': answers}
 
   def policy_field(frozen, params):
     """The field that draws the pictures. Under guidance that is the guided one, in the loss too:
@@ -136,22 +141,38 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     # The picture is learnt from under the very text that it was made of.
     prompts = perturb(text_key, batch['text'], noise=config.text_noise)
     field = policy_field(frozen, policy)
-    examples = {'text': prompts}
-    if variant.on_steps:
-      step_key = jax.random.fold_in(key, 1)
-      x_0, steps, row = policy_gradient.sample_transitions(
-        step_key, field, noise, schedule, prompts, dynamics, config.timesteps_per_image
-      )
-      examples['text'] = unstacked(prompts, row)
-      log_prob = policy_gradient.transition_log_prob(field, steps, examples['text'], dynamics)
-      # A scalar, which cannot be split into updates.
-      examples |= {'transitions': steps.replace(t_clamp=None), 'old_log_prob': log_prob}
+
+    def draw(noise, prompts, answer, step_key):
+      """Examples of pictures, the picture that each is of, and the pictures' scores."""
+      if variant.on_steps:
+        x_0, steps, row = policy_gradient.sample_transitions(
+          step_key, field, noise, schedule, prompts, dynamics, config.timesteps_per_image
+        )
+        log_prob = policy_gradient.transition_log_prob(
+          field, steps, unstacked(prompts, row), dynamics
+        )
+        # A scalar, which cannot be split into updates.
+        examples = {'transitions': steps.replace(t_clamp=None), 'old_log_prob': log_prob}
+      else:
+        x_0 = model.sample(field, noise, prompts, schedule)
+        row = jnp.arange(x_0.shape[0])
+        examples = {'x_0': x_0}
+      images = model.decode(frozen['autoencoder'], x_0)
+      return examples, row, reward().score(frozen['reward'], images, answer)
+
+    drawn = (noise, prompts, batch['answer'])
+    step_key = jax.random.fold_in(key, 1)
+    count = noise.shape[0]
+    size = config.rollout_batch or count
+    if size == count:
+      examples, row, score = draw(*drawn, step_key)
     else:
-      x_0 = model.sample(field, noise, prompts, schedule)
-      row = jnp.arange(x_0.shape[0])
-      examples['x_0'] = x_0
-    images = model.decode(frozen['autoencoder'], x_0)
-    score = reward().score(frozen['reward'], images, batch['answer'])
+      parts = count // size
+      inputs = (*split_leading(drawn, parts), jax.random.split(step_key, parts))
+      examples, row, score = jax.lax.map(lambda part: draw(*part), inputs)
+      row = row + size * jnp.arange(parts)[:, None]
+      examples, row, score = joined_leading((examples, row, score))
+    examples['text'] = unstacked(prompts, row) if variant.on_steps else prompts
     examples |= unstacked(variants.ratings(score, config), row)
     return examples, {'reward': jnp.mean(score)}
 

@@ -2,13 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from eru_jax import sharding
 from eru_jax.data import pipeline
 from eru_jax.rewards.emoji import EmojiReward, classifier_loss, distort
-from eru_jax.training.experiment import Experiment, Snapshot, init_sharded
+from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.loop import Stage
 from eru_jax.training.stage_config import RewardStageConfig
 from eru_jax.training.step import StageProgram
@@ -31,12 +29,10 @@ def build(experiment: Experiment, snapshot: Snapshot, config: RewardStageConfig)
 
   return Stage(
     program=StageProgram(loss, accumulation=config.accumulation),
-    trainable=init_sharded(
-      lambda: module.init(experiment.key('reward'), example)['params'], experiment.mesh
+    trainable=experiment.initialise(
+      lambda: module.init(experiment.key('reward'), example)['params']
     ),
-    make_frozen=lambda: {
-      'pictures': jax.device_put(pictures, sharding.replicated(experiment.mesh))
-    },
+    make_frozen=lambda: experiment.place({'pictures': pictures}),
     batches=pipeline.batches(classes, config.batch_size, experiment.config.seed),
     assemble=lambda index: index,
   )

@@ -10,12 +10,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from eru_jax import flow
 from eru_jax.losses import dk_dm, dmd, time_weights
 from eru_jax.models.registry import DiffusionModel
+from eru_jax.training.step import joined_leading, split_leading
 from eru_jax.training.text_dropout import perturb
 from eru_jax.types import Conditioning, VelocityFn
 
@@ -80,7 +82,7 @@ class DkDm:
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Pictures of rows at random noise levels: x_t, t, x_0 and the noise."""
     which = jax.random.randint(keys[0], rows.shape, 0, pictures.shape[1])
-    x_0 = pictures[rows, which]
+    x_0 = nn.with_logical_constraint(pictures[rows, which], ('batch', 'length', None))
     t = self.times(keys[1], rows.shape[0])
     noise = jax.random.normal(keys[2], x_0.shape)
     return flow.interpolate(x_0, noise, t), t, x_0, noise
@@ -94,6 +96,23 @@ class DkDm:
   def weight(self, t: jax.Array) -> jax.Array | None:
     weight = TIME_WEIGHTS[self.config.time_weight]
     return None if weight is None else weight(t)
+
+
+def in_turn(field: VelocityFn, parts: int) -> VelocityFn:
+  """A field that sees equal parts of a batch one after the other.
+
+  The backward pass computes each part again, and so holds the activations of one part only. Where
+  the parts would not be equal, the batch stays whole.
+  """
+
+  def turned(x_t: jax.Array, t: jax.Array, conditioning: Conditioning) -> jax.Array:
+    if x_t.shape[0] % parts:
+      return field(x_t, t, conditioning)
+    inputs = split_leading((x_t, t, conditioning), parts)
+    again = jax.checkpoint(lambda part: field(*part), prevent_cse=False)
+    return joined_leading(jax.lax.map(again, inputs))
+
+  return turned
 
 
 # Pictures of the teacher (or of the data), noised.
@@ -287,6 +306,8 @@ def matching_loss(
   states = {name: group for name, (group, _) in groups.items()}
   states['preservation'] = _preserved(stage, frozen, batch, keys[3:6])
   student, teacher = stage.student(frozen, params), stage.teacher(frozen)
+  if stage.config.in_turn:
+    student = in_turn(student, len(states))
   losses = dk_dm.joint_matching(student, teacher, states)
   loss = sum(share * losses[name] for name, (_, share) in groups.items())
   loss = loss + stage.config.preservation_weight * losses['preservation']

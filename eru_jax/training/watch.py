@@ -1,0 +1,334 @@
+"""Keeps the processes of a run together: they stop at the same step, and none waits for the dead.
+
+SIGTERM, which announces that a machine will be taken away, reaches one process and stops them all
+after the same iteration. A process that fails tells the others why before it leaves, and so all
+end with its sentence instead of waiting for it. One that no longer gets on is named.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Iterator
+
+import jax
+
+from eru_jax import commands, distributed
+from eru_jax.training.checks import require
+
+_POLL = 0.5
+# So long the others have to learn why a process fails, before its connections break.
+_FAREWELL = 10.0
+_AGREEMENT_MS = 120_000
+_serial = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchConfig:
+  """When processes of a run that do not get on are named, and given up.
+
+  Steps that take long are given three times as long as the longest of them so far, and ten times.
+
+  Attributes:
+    report_after: seconds without an iteration after which every process says who is behind.
+    end_after: seconds after which it ends the run, with exit status 1.
+  """
+
+  report_after: float = 300.0
+  end_after: float = 1800.0
+
+  def __post_init__(self):
+    require(
+      self,
+      report_after=(self.report_after > 0, 'positive'),
+      end_after=(self.end_after >= self.report_after, 'at least report_after'),
+    )
+
+
+@dataclasses.dataclass
+class _Position:
+  """How far a process is.
+
+  Attributes:
+    serial: ticks so far, which all processes count alike.
+    marks: ticks and marks so far, likewise.
+    where: what the last of them said of itself.
+    since: when the last tick was.
+    armed: whether the next one is expected soon.
+    slowest: longest time between two ticks of one loop.
+  """
+
+  serial: int = 0
+  marks: int = 0
+  where: str = 'the start'
+  since: float = 0.0
+  armed: bool = False
+  slowest: float = 0.0
+
+
+class Watch:
+  """Made by `watching`; `tick` after every iteration, `rest` when a loop is over.
+
+  `mark` tells of a process's own work within an iteration, before it needs the others: of those
+  who wait for each other, the one that waits for nobody is behind.
+  """
+
+  def __init__(self, config: WatchConfig):
+    self._config = config
+    self._position = _Position(since=time.monotonic())
+    # Held while the processes agree on where to stop: none may go on meanwhile.
+    self._lock = threading.Lock()
+    # Taken by the first thread that ends this process, and never given back.
+    self._leaving = threading.Lock()
+    self._requested = threading.Event()
+    self._over = threading.Event()
+    self._stop_at: int | None = None
+    self._alone = jax.process_count() == 1
+    self._me, self._reported = jax.process_index(), 0.0
+    self._prefix = f'eru_jax/watch {next(_serial)}'
+
+  def tick(self, where: str) -> bool:
+    """Says that an iteration is done; returns whether all processes are to stop after it.
+
+    Args:
+      where: the iteration, for people: 'step 12 of dk_dm'.
+    """
+    with self._lock:
+      now, position = time.monotonic(), self._position
+      if position.armed:
+        position.slowest = max(position.slowest, now - position.since)
+      position.serial += 1
+      position.marks += 1
+      position.where, position.since, position.armed = where, now, True
+      if self._alone:
+        return self._requested.is_set()
+      return position.serial == self._stop_at
+
+  def mark(self, where: str) -> None:
+    """Says how far this process is within an iteration."""
+    self._position.marks += 1
+    self._position.where = where
+
+  def rest(self) -> None:
+    """Says that the next iteration may take its time: a loop is over."""
+    with self._lock:
+      self._position.armed = False
+
+  def _notice(self, number: int, frame: types.FrameType | None) -> None:
+    del number, frame
+    self._requested.set()
+    if self._alone and not self._position.armed:
+      # Between the loops everything is saved.
+      raise SystemExit(0)
+
+  def _run(self) -> None:
+    """The thread that listens, in runs of several processes."""
+    said = 0.0
+    while not self._over.wait(_POLL):
+      try:
+        self._heed_failure()
+        self._agree_on_stop()
+        if time.monotonic() - said > min(5.0, self._config.report_after / 4):
+          said = time.monotonic()
+          self._say_where()
+        self._look_for_the_stuck()
+      except jax.errors.JaxRuntimeError as error:
+        # Process 0, which keeps the store, is gone; or JAX's own heartbeat found somebody dead.
+        if not self._over.is_set():
+          _end(f'the connection to process 0 is lost ({_first_line(error)})', 1)
+
+  def _heed_failure(self) -> None:
+    """Ends this process if another one has failed, as that one has ended."""
+    failure = self._get('failure')
+    if failure is not None:
+      self._leaving.acquire()
+      self._leave(**json.loads(failure))
+
+  def fail(self, message: str, status: int) -> None:
+    """Ends all processes; the first to fail is the one that is heard."""
+    self._leaving.acquire()
+    found = {'message': message, 'status': status}
+    try:
+      self._set('failure', json.dumps(found), overwrite=False)
+    except jax.errors.JaxRuntimeError:
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        found = json.loads(self._get('failure') or json.dumps(found))
+    self._leave(**found)
+
+  def _leave(self, message: str, status: int) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._set(f'seen/{self._me}', '1')
+      self._wait_for_all()
+    _end(message, status)
+
+  def _wait_for_all(self) -> None:
+    """Waits until all have learnt of a failure, and process 0, which they ask, until they left."""
+    deadline = time.monotonic() + _FAREWELL
+    while time.monotonic() < deadline:
+      if len(self._list('seen')) == jax.process_count():
+        break
+      time.sleep(0.05)
+    if self._me == 0:
+      time.sleep(2 * _POLL)
+
+  def _agree_on_stop(self) -> None:
+    """Sets where all stop: an iteration that none of them has reached yet."""
+    if self._stop_at is not None:
+      return
+    if self._requested.is_set():
+      self._set('stop', '1')
+    if self._get('stop') is None:
+      return
+    with self._lock:
+      self._set(f'stop at/{self._me}', str(self._position.serial))
+      keys = [f'{self._prefix}/stop at/{index}' for index in range(jax.process_count())]
+      get = distributed.client().blocking_key_value_get
+      serials = [int(get(key, _AGREEMENT_MS)) for key in keys]
+      self._stop_at = max(serials) + 1
+
+  def _say_where(self) -> None:
+    position = self._position
+    self._set(f'at/{self._me}', json.dumps([position.marks, position.where, time.time()]))
+
+  def _look_for_the_stuck(self) -> None:
+    position, now = dataclasses.replace(self._position), time.monotonic()
+    waited = now - position.since
+    if not position.armed or waited < max(self._config.report_after, 3 * position.slowest):
+      return
+    ends = waited >= max(self._config.end_after, 10 * position.slowest)
+    if not ends and now - self._reported < self._config.report_after:
+      return
+    self._reported = now
+    report = self._report(waited)
+    if ends:
+      self.fail(f'{report}; the run ends here, start it again to continue', 1)
+    print(f'warning: process {self._me}: {report}', file=sys.stderr, flush=True)
+
+  def _report(self, waited: float) -> str:
+    """Who is behind, in words."""
+    self._say_where()
+    found = {int(key.rpartition('/')[2]): json.loads(value) for key, value in self._list('at')}
+    newest, furthest, _ = max(found.values())
+    words = []
+    for index in range(jax.process_count()):
+      if index not in found:
+        words.append(f'process {index} has never been heard of')
+        continue
+      marks, where, heard = found[index]
+      silent = time.time() - heard
+      if marks < newest:
+        words.append(f'process {index} is still at {where}, others at {furthest}')
+      if silent > max(30.0, self._config.report_after):
+        words.append(f'process {index} was last heard of {silent:.0f} s ago')
+    if not words:
+      where = found[self._me][1]
+      words = [f'all processes are at {where}, waiting for their devices or for each other']
+    return f'no iteration for {waited:.0f} s: {"; ".join(words)}'
+
+  def _set(self, key: str, value: str, overwrite: bool = True) -> None:
+    distributed.client().key_value_set(f'{self._prefix}/{key}', value, overwrite)
+
+  def _get(self, key: str) -> str | None:
+    """A value of the store, or None if there is none."""
+    try:
+      return distributed.client().key_value_try_get(f'{self._prefix}/{key}')
+    except jax.errors.JaxRuntimeError as error:
+      if 'NOT_FOUND' in str(error):
+        return None
+      raise
+
+  def _list(self, key: str) -> list[tuple[str, str]]:
+    return distributed.client().key_value_dir_get(f'{self._prefix}/{key}/')
+
+
+def _first_line(error: BaseException) -> str:
+  lines = str(error).strip().splitlines()
+  return lines[0][:200] if lines else type(error).__name__
+
+
+def _end(message: str, status: int) -> None:
+  """Leaves at once: the main thread may wait, in compiled code, for what will never come."""
+  sys.stdout.flush()
+  if message:
+    print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
+  os._exit(status)
+
+
+_current: Watch | None = None
+
+
+@contextlib.contextmanager
+def watching(config: WatchConfig | None = None) -> Iterator[Watch]:
+  """The watch of this run; within another one's scope, that one.
+
+  In a run of several processes, an exception that leaves the scope ends all of them: those that
+  did not raise it print its message as if they had.
+
+  Args:
+    config: time-outs.
+  """
+  global _current
+  if _current is not None:
+    yield _current
+    return
+  watch = Watch(config or WatchConfig())
+  thread = threading.Thread(target=watch._run, daemon=True, name='eru_jax watch')
+  in_main_thread = threading.current_thread() is threading.main_thread()
+  previous = signal.signal(signal.SIGTERM, watch._notice) if in_main_thread else None
+  _current = watch
+  try:
+    if not watch._alone:
+      thread.start()
+    yield watch
+    if not watch._alone:
+      distributed.barrier()  # Until all are here, somebody may have to be told something.
+  except BaseException as error:
+    if not watch._alone:
+      _tell(watch, error)
+    raise
+  finally:
+    _current = None
+    watch._over.set()
+    if thread.is_alive():
+      thread.join()
+    if in_main_thread:
+      signal.signal(signal.SIGTERM, previous)
+
+
+def _tell(watch: Watch, error: BaseException) -> None:
+  """Passes an exception on to the other processes, and ends this one; not if all stop anyway."""
+  if isinstance(error, SystemExit) and not error.code:
+    return
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    watch._heed_failure()  # This error may be a consequence of what happened there.
+  found = commands.explain(error)
+  index = jax.process_index()
+  if found is not None:
+    watch.fail(f'process {index}: {found[0]}', found[1])
+  traceback.print_exception(error)
+  watch.fail(f'process {index} failed with {type(error).__name__}: {_first_line(error)}', 1)
+
+
+def tick(where: str) -> None:
+  """`Watch.tick` of the run, if there is one; leaves the program where it is to stop.
+
+  For loops in which there is nothing to save.
+
+  Raises:
+    SystemExit: with status 0.
+  """
+  if _current is not None and _current.tick(where):
+    raise SystemExit(0)
+
+
+def rest() -> None:
+  """`Watch.rest` of the run, if there is one."""
+  if _current is not None:
+    _current.rest()
