@@ -1,0 +1,279 @@
+"""Compiles every program of a run for a TPU slice that is not here, and says what would happen."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from eru_jax import sharding
+from eru_jax.files import replace_file
+from eru_jax.flops import traced_flops
+from eru_jax.training import config as config_lib
+from eru_jax.training.planning_chips import Slice, open_slice, quiet
+from eru_jax.training.planning_hlo import Traffic, collectives
+from eru_jax.training.planning_model import Planned, open_planned
+from eru_jax.training.planning_programs import Program, bytes_per_device, programs, traced
+from eru_jax.training.run import print_plan
+
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What is known of a program without running it.
+
+  Attributes:
+    name: the program's.
+    fits: whether a device has the memory, with what else is on it.
+    hbm: bytes per device by class: 'parameters', 'optimizer', 'temporaries', 'inputs and outputs',
+      and 'resident', of what is there without being used; where it does not fit the compiler tells
+      only what it would need.
+    needs: bytes a device would need, resident ones included.
+    limit: bytes it has.
+    flops: operations of one run over all devices, as the mathematics asks.
+    executed: with what the backward pass computes again.
+    traffic: collectives.
+    seconds: of one run, by the slowest of compute, memory and links at their published peaks.
+    bound: which of them.
+    mfu: flops over what the devices could do in that time.
+    compile_seconds: wall time.
+    compile_cpu_seconds: of all threads, which a busy machine does not stretch.
+  """
+
+  name: str
+  fits: bool
+  hbm: Mapping[str, int]
+  needs: int
+  limit: int
+  flops: int
+  executed: int
+  traffic: tuple[Traffic, ...]
+  seconds: float | None
+  bound: str
+  mfu: float | None
+  compile_seconds: float
+  compile_cpu_seconds: float
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      'fits': self.fits,
+      'hbm_bytes': self.needs,
+      'hbm_limit': self.limit,
+      'flops': self.flops,
+      'step_seconds': self.seconds,
+      'mfu': self.mfu,
+      'compile_seconds': self.compile_seconds,
+      'compile_cpu_seconds': self.compile_cpu_seconds,
+      'hbm_by_class': dict(self.hbm),
+      'executed_flops': self.executed,
+      'bound': self.bound,
+      'collectives': [dataclasses.asdict(part) for part in self.traffic],
+    }
+
+
+def plan(
+  values: Any,
+  topology: str,
+  json_path: str | None = None,
+  tell: Callable[[str], None] = print,
+  only: str = '',
+) -> dict[str, Any]:
+  """Plans the run of a config on a slice.
+
+  Args:
+    values: the config's.
+    topology: name of the slice, 'v5e:2x4'.
+    json_path: also write the result there.
+    tell: takes lines for people.
+    only: regular expression; programs in whose name it is not found are left out.
+
+  Returns:
+    {'topology', 'programs': {name: Estimate.to_json()}}.
+
+  Raises:
+    UserError: for whatever the user can mend; not where something does not fit.
+  """
+  config = config_lib.from_mapping(config_lib.ExperimentConfig, values)
+  target = open_slice(topology)
+  mesh = sharding.make_mesh(config.mesh, target.devices)
+  config = config.on(sharding.batch_share(mesh))
+  print_plan(config, mesh)
+  planned = open_planned(config, mesh)
+  for note in planned.notes:
+    tell(f'Note: {note}')
+  found: dict[str, Any] = {}
+  result = {'topology': topology, 'programs': found}
+  for program, needed in zip(programs(planned), programs(_without_remat(planned)), strict=True):
+    if not re.search(only, program.name):
+      continue
+    estimate = estimate_program(program, needed, target)
+    found[estimate.name] = estimate.to_json()
+    for line in describe(estimate, config):
+      tell(line)
+    # After each of them: the next may take minutes.
+    if json_path:
+      replace_file(pathlib.Path(json_path), (json.dumps(result, indent=2) + '\n').encode())
+  return result
+
+
+def _without_remat(planned: Planned) -> Planned:
+  """The same run, computing nothing twice."""
+  experiment, model = planned.experiment, planned.snapshot.model
+  model = dataclasses.replace(model, backbone=model.backbone.clone(remat='none'))
+  return dataclasses.replace(
+    planned,
+    experiment=experiment,
+    snapshot=dataclasses.replace(planned.snapshot, model=model),
+  )
+
+
+def estimate_program(program: Program, needed: Program, target: Slice) -> Estimate:
+  """Compiles a program for a slice.
+
+  Args:
+    program: what to compile.
+    needed: the same without rematerialisation, to count what the mathematics asks.
+    target: the slice.
+  """
+  executed = traced_flops(traced(program))
+  flops = traced_flops(traced(needed))
+  spent = _stopwatch()
+  resident = bytes_per_device(program.resident)
+  limit, devices = target.hbm_limit, program.mesh.devices.size
+  try:
+    with sharding.use_mesh(program.mesh), quiet(), _precision(program):
+      compiled = program.function.lower(*program.arguments).compile()
+  except jax.errors.JaxRuntimeError as error:
+    needs = _out_of_memory(str(error))
+    if needs is None:
+      raise
+    hbm = {'program': needs, 'resident': resident}
+    needs += resident
+    return Estimate(
+      program.name, False, hbm, needs, limit, flops, executed, (), None, '', None, *spent()
+    )
+  compiling = spent()
+  memory = compiled.memory_analysis()
+  hbm = {kind: bytes_per_device(tree) for kind, tree in program.kinds.items()}
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  # Those that a program does not use are no arguments of it any more, but they are there.
+  arguments = max(bytes_per_device(program.arguments), memory.argument_size_in_bytes)
+  hbm['inputs and outputs'] = arguments - sum(hbm.values()) + outputs
+  hbm['temporaries'] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+  hbm['resident'] = resident
+  needs = sum(hbm.values())
+  traffic = tuple(collectives(compiled.as_text(), dict(program.mesh.shape)))
+  weights = sum(hbm.get(kind, 0) for kind in ('parameters', 'optimizer'))
+  times = {
+    'compute': executed / devices / target.flops,
+    'memory': (program.passes * hbm.get('parameters', 0) + weights + 2 * hbm['temporaries'])
+    / target.bandwidth,
+    'links': sum(part.bytes for part in traffic) / target.ici,
+  }
+  bound = max(times, key=times.get)
+  seconds = times[bound]
+  mfu = flops / devices / target.flops / seconds if seconds else 0.0
+  return Estimate(
+    program.name,
+    needs <= limit,
+    hbm,
+    needs,
+    limit,
+    flops,
+    executed,
+    traffic,
+    seconds,
+    bound,
+    mfu,
+    *compiling,
+  )
+
+
+def _stopwatch() -> Callable[[], tuple[float, float]]:
+  """A function that tells the seconds since now, of the clock and of all threads."""
+  wall, processor = time.monotonic(), time.process_time()
+  return lambda: (time.monotonic() - wall, time.process_time() - processor)
+
+
+@contextlib.contextmanager
+def _precision(program: Program) -> Iterator[None]:
+  """Prompts are encoded with exact products."""
+  if not program.name.startswith('prompts.'):
+    yield
+    return
+  with jax.default_matmul_precision('highest'):
+    yield
+
+
+def _out_of_memory(message: str) -> int | None:
+  """Bytes that the compiler says it would need, None if it says something else."""
+  if 'RESOURCE_EXHAUSTED' not in message:
+    return None
+  found = re.search(r'Used ([\d.]+)([KMGT]?) of|\(([\d.]+)([KMGT]?)\) exceeds', message)
+  if not found:
+    return None
+  number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+  return int(float(number) * _UNITS[unit])
+
+
+def describe(estimate: Estimate, config: config_lib.ExperimentConfig) -> Iterator[str]:
+  """The lines that `plan` prints of a program."""
+  gib = {name: f'{size / 2**30:.2f}' for name, size in estimate.hbm.items()}
+  needs, limit = estimate.needs / 2**30, estimate.limit / 2**30
+  parts = ', '.join(f'{name} {size}' for name, size in gib.items())
+  yield estimate.name
+  verdict = 'fits: needs' if estimate.fits else 'does not fit: needs'
+  yield f'  {verdict} {needs:.2f} of {limit:.2f} GiB a device ({parts})'
+  again = estimate.executed / max(estimate.flops, 1) - 1
+  more = f', {100 * again:.0f} % more with what is computed again' if again > 0.005 else ''
+  yield f'  {estimate.flops:.3g} operations by formula{more}'
+  for part in estimate.traffic[:4]:
+    yield (
+      f'  {part.kind} along {part.axes}: {part.count} times, {part.bytes / 2**30:.2f} GiB a device'
+    )
+  if estimate.seconds is not None:
+    yield (
+      f'  at least {estimate.seconds:.3g} s, bound by {estimate.bound}, so at most '
+      f'{100 * estimate.mfu:.0f} % MFU'
+    )
+  yield (
+    f'  compiled in {estimate.compile_seconds:.0f} s '
+    f'({estimate.compile_cpu_seconds:.0f} s of processor time)'
+  )
+  if not estimate.fits:
+    yield f'  What helps: {"; ".join(remedies(estimate, config))}.'
+
+
+def remedies(estimate: Estimate, config: config_lib.ExperimentConfig) -> list[str]:
+  """What to change where something does not fit, what costs least first."""
+  phase = estimate.name.partition('.')[0]
+  found = []
+  if phase in config.stages:
+    stage = config.stage(phase)
+    if estimate.name.endswith('train_step'):
+      if config.model.remat != 'full':
+        found.append('--config.model.remat=full (recomputes blocks in the backward pass)')
+      found.append(
+        f'a larger --config.{phase}.accumulation (now {stage.accumulation}: smaller microbatches)'
+      )
+      if phase == 'dk_dm' and not stage.in_turn:
+        found.append('--config.dk_dm.in_turn=true (one kind of states at a time)')
+      if not config.lora and stage.optimizer.moments == 'float32':
+        found.append(f'--config.{phase}.optimizer.moments=bfloat16')
+    elif 'rollout_and_reward' in estimate.name:
+      found.append(f'a smaller --config.{phase}.rollout_batch')
+  if 'sample' in estimate.name or 'pictures' in estimate.name:
+    found.append(f'a smaller --config.evaluation.batch_size (now {config.evaluation.batch_size})')
+  if config.lora and config.model.params != 'int8':
+    found.append("--config.model.params=int8 (a quarter of float32's frozen weights)")
+  if config.model.params == 'float32' and config.lora:
+    found.append('--config.model.params=bfloat16')
+  found.append('--config.mesh.sequence=2 (splits pictures over devices)')
+  found.append('--config.mesh.fsdp=-1 on a larger slice')
+  return found
