@@ -1,4 +1,6 @@
-# Sourced by local.sh and test.sh: an environment in $VENV with everything a run needs.
+# shellcheck shell=bash
+# Sourced by the launchers: an environment in $VENV with everything a run needs, and with the EXTRA
+# of setup.cfg, such as cuda or tpu.
 
 : "${VENV:?}"
 
@@ -16,12 +18,13 @@ if [ ! -f "$VENV/bin/activate" ]; then
   "$PYTHON" -m venv "$VENV"
 fi
 require_python "$VENV/bin/python" "remove $VENV, or choose another place with VENV=..."
+# shellcheck source=/dev/null
 source "$VENV/bin/activate"
 
 # What has been installed from these very lists is not asked of the network again, so that a run can
 # be resumed without one. The clone's place counts, because the installation refers to it.
 lists="$(
-  { pwd && cat setup.cfg pyproject.toml requirements.txt launch/requirements-*.txt; } |
+  { pwd && cat setup.cfg pyproject.toml requirements.txt launch/*.txt; } |
     python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 )"
 is_installed() { [ "$(cat "$VENV/installed-$1" 2>/dev/null)" = "$lists" ]; }
@@ -34,4 +37,8 @@ if ! is_installed run; then
   PYTHONWARNINGS=ignore pip_install -r requirements.txt
   pip_install --no-deps --require-hashes -r launch/requirements-emoji.txt
   mark_installed run
+fi
+if [ -n "${EXTRA:-}" ] && ! is_installed "$EXTRA"; then
+  PYTHONWARNINGS=ignore pip_install -e ".[$EXTRA]"
+  mark_installed "$EXTRA"
 fi

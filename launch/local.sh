@@ -12,10 +12,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
 WORKDIR="${WORKDIR:-runs/emoji}"
 source launch/install.sh
-
-# glibc would give XLA's large buffers back to the system after every step and fault them in again,
-# a quarter of a step's time. XLA allocates on threads of its own, whose arenas hold 64 MB at most
-# and map what is larger whatever the first setting says: hence one arena. Huge pages fault less.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_ARENA_MAX=1
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+source launch/flags/cpu.sh
 python -m eru_jax.train --config=configs/emoji.py --workdir="$WORKDIR" "$@"

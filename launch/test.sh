@@ -14,7 +14,7 @@ if ! is_installed test; then
   # On Linux, PyPI's PyTorch is the CUDA build of several GB. For the CPU build of the same version,
   # set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU wheels (pytorch.org names it): pip reads
   # that variable, and prefers a version with "+cpu" to the same one without.
-  PYTHONWARNINGS=ignore pip_install -e '.[test]'
+  PYTHONWARNINGS=ignore pip_install -e '.[test,plan]'
   pip_install --no-deps --require-hashes -r launch/requirements-test.txt
   mark_installed test
 fi
