@@ -114,6 +114,8 @@ ROWS = (
   _no_rl('N1, no KL', 'negative_only', reference_weight=0.0),
   _no_rl('N1, implicit prompts only', 'negative_only', explicit_share=0.0),
   _no_rl('N1, explicit prompts only', 'negative_only', explicit_share=1.0),
+  # As the deployed sampler is.
+  _no_rl('N1, guided by 3', 'negative_only', cfg_scale=3.0),
   _no_rl('N2', 'anchored_negatives'),
   _no_rl('N3', 'policy_gradient', **_AT_ONCE),
   _no_rl('N3, W-REINFORCE', 'policy_gradient', positive_weight=0.1, **_AT_ONCE),
@@ -121,6 +123,7 @@ ROWS = (
   _no_rl('N5', 'bounded_unlearning'),
   _no_rl('full NFT', 'nft'),
   _no_rl('full NFT, branch weights', 'nft', nft_weights='branch'),
+  _no_rl('full NFT, guided by 3', 'nft', cfg_scale=3.0),
   _no_rl('positive-only NFT', 'positive_only'),
   _no_rl('rejection sampling', 'rejection_sampling'),
   _no_rl('negatives subset', 'negatives_subset'),

@@ -13,7 +13,7 @@ from side_by_side import flops, full_flops, lora_flops, relative_error
 
 from eru_jax import flow
 from eru_jax.losses.flow_matching import flow_matching
-from eru_jax.models import flux, registry
+from eru_jax.models import flux, registry, stack
 from eru_jax.models import lora as lora_lib
 from eru_jax.models.attention import attention
 from eru_jax.models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
@@ -125,7 +125,7 @@ def _peak():
 
 
 def _options(row):
-  policy = [option for option in row.options if option in flux.REMAT_POLICIES]
+  policy = [option for option in row.options if option in stack.REMAT_POLICIES]
   return {'remat': policy[0] if policy else 'none', 'scan': 'unrolled' not in row.options}
 
 

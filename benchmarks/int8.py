@@ -35,7 +35,7 @@ def main(argv):
   names = experiment.world.pictures.names[:: len(experiment.world.pictures.names) // _PROMPTS.value]
   names = list(names[: _PROMPTS.value])
   conditioning = experiment.conditioning(names)
-  path = model_path(ModelConfig())
+  path = model_path(ModelConfig().source)
   whole, model = model_directory.load(path), base.model
   noise = jax.random.normal(jax.random.key(0), (len(names), *model.latent_shape))
 
