@@ -45,6 +45,7 @@ class Row:
     topology: the slice.
     programs: of the run, those that cost most first.
     overrides: of the config's values.
+    thorough: compile as the run itself would, because it is close.
   """
 
   what: str
@@ -52,15 +53,18 @@ class Row:
   topology: str
   programs: tuple[str, ...]
   overrides: tuple[str, ...] = ()
+  thorough: bool = False
 
   @property
   def name(self):
-    return f'{self.config.removeprefix("configs/")} on {self.topology}'
+    thoroughly = ', thoroughly' if self.thorough else ''
+    return f'{self.config.removeprefix("configs/")} on {self.topology}{thoroughly}'
 
   @property
   def command(self):
     changes = [f'--config.{change}' for change in self.overrides]
-    return [f'--config={self.config}', f'--topology={self.topology}', *changes]
+    thorough = ['--thorough'] if self.thorough else []
+    return [f'--config={self.config}', f'--topology={self.topology}', *changes, *thorough]
 
 
 def _full(topology, batch, *overrides):
@@ -76,6 +80,13 @@ ROWS = (
     'configs/flux_dev_dk_dm.py:res=512,int8',
     'v5e:1x1',
     (*_DK_DM, *_TEXT),
+  ),
+  Row(
+    'the same, compiled thoroughly',
+    'configs/flux_dev_dk_dm.py:res=512,int8',
+    'v5e:1x1',
+    ('dk_dm.train_step',),
+    thorough=True,
   ),
   Row('DK-DM, LoRA rank 64, 1024 px', 'configs/flux_dev_dk_dm.py:res=1024', 'v5e:2x2', _DK_DM),
   Row('NO-RL, LoRA rank 64, 1024 px', 'configs/flux_dev_no_rl.py:res=1024', 'v5e:2x2', _NO_RL),

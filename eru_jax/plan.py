@@ -20,6 +20,9 @@ _JSON = flags.DEFINE_string('json', None, 'File to write the estimates to, as JS
 _ONLY = flags.DEFINE_string(
   'only', '', 'Regular expression; compile only programs in whose name it is found.'
 )
+_THOROUGH = flags.DEFINE_bool(
+  'thorough', False, 'Compile as the run itself would, which takes ten times as long.'
+)
 flags.mark_flags_as_required(['config', 'topology'])
 
 
@@ -32,7 +35,7 @@ def main() -> None:
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from eru_jax.training.planning import plan
 
-  plan(config, _TOPOLOGY.value, _JSON.value, only=_ONLY.value)
+  plan(config, _TOPOLOGY.value, _JSON.value, only=_ONLY.value, thorough=_THOROUGH.value)
 
 
 if __name__ == '__main__':

@@ -168,6 +168,32 @@ def test_collectives_as_a_tpu_writes_them():
   ]
 
 
+@pytest.mark.parametrize('told', [True, False])
+def test_loops_as_a_tpu_writes_them(told):
+  """Compiled quickly, they do not tell how often they turn; their conditions do."""
+  trips = ', backend_config={"known_trip_count":{"n":"19"}}' if told else ''
+  text = f"""HloModule m
+
+%cond.1 (a: (s32[], f32[8])) -> pred[] {{
+  %constant.4 = s32[]{{:T(128)}} constant(19)
+  %a = (s32[], f32[8]) parameter(0)
+  %gte.9 = s32[]{{:T(128)}} get-tuple-element(%a), index=0
+  ROOT %lt.2 = pred[]{{:T(512)}} compare(%gte.9, %constant.4), direction=LT
+}}
+
+%body.1 (a: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %all-reduce.1 = f32[8]{{0}} all-reduce(%x), replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %while.1 = (s32[], f32[8]) while(%t), condition=%cond.1, body=%body.1{trips}
+}}
+"""
+  assert planning_hlo.collectives(text, {'fsdp': 2}) == [
+    planning_hlo.Traffic('all-reduce', 'fsdp', 19, 19 * 8 * 4)
+  ]
+
+
 @pytest.mark.parametrize(
   'name', ['v5litepod-8', 'v5e-8', 'v5e:3x7', 'v5e:2x2x1', 'v5p:2x2', 'v9:2x2', '', 'v5e']
 )
@@ -237,6 +263,24 @@ def test_a_tiny_run_on_four_chips(tiny):
   # Attention exchanges tokens for heads.
   assert any(p['kind'] == 'all-to-all' and p['axes'] == 'sequence' for p in step['collectives'])
   assert not result.stderr
+
+
+@needs_libtpu
+def test_flux_learns_on_one_small_chip(tmp_path):
+  """The first row of docs/plan.md's table: adapters on an int8 base, on what Colab lends."""
+  config = ROOT / 'configs' / 'flux_dev_dk_dm.py'
+  _plan(
+    tmp_path,
+    f'--config={config}:res=512,int8',
+    '--topology=v5e:1x1',
+    '--only=^dk_dm.train_step$',
+    '--json=plan.json',
+  )
+  programs = json.loads((tmp_path / 'plan.json').read_text())['programs']
+  step = programs['dk_dm.train_step']
+  assert step['fits'] and step['hbm_bytes'] <= step['hbm_limit'] == 15.75 * 2**30
+  # 11.9e9 weights of a byte each, of which some norms and biases are kept in more.
+  assert 11.9e9 < step['hbm_by_class']['parameters'] < 12.6e9
 
 
 def test_described_parameters_are_those_that_are_loaded(tmp_path, monkeypatch):

@@ -103,6 +103,10 @@ def main(workdir, wanted):
     match wanted['event']:
       case 'sigterm':
         os.kill(os.getpid(), signal.SIGTERM)
+        # Steps are short here: without this the run could be over before they have agreed.
+        agreed_by = time.monotonic() + 60
+        while jax.process_count() > 1 and watch._stop_at is None and time.monotonic() < agreed_by:
+          time.sleep(0.05)
       case 'sigkill':
         os.kill(os.getpid(), signal.SIGKILL)
       case 'mistake':
@@ -112,7 +116,7 @@ def main(workdir, wanted):
       case 'stuck':
         time.sleep(600)
 
-  with watching(WATCH):
+  with watching(WATCH) as watch:
     toy.run(at)
   print(json.dumps({'rows read': sum(toy.read)}))
 

@@ -21,6 +21,8 @@ from eru_jax.training.planning_model import Planned, open_planned
 from eru_jax.training.planning_programs import Program, bytes_per_device, programs, traced
 from eru_jax.training.run import print_plan
 
+# Of libtpu, which spends nine tenths of its time on speed that a plan has no use for.
+_QUICKLY = {'exec_time_optimization_effort': -1.0}
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -31,9 +33,9 @@ class Estimate:
   Attributes:
     name: the program's.
     fits: whether a device has the memory, with what else is on it.
-    hbm: bytes per device by class: 'parameters', 'optimizer', 'temporaries', 'inputs and outputs',
-      and 'resident', of what is there without being used; where it does not fit the compiler tells
-      only what it would need.
+    hbm: bytes per device by class: 'parameters', 'optimizer', 'inputs', 'temporaries' (the most
+      that lives at once beyond those, results included), 'code', and 'resident', of what is there
+      without being used; where it does not fit the compiler tells only what it would need.
     needs: bytes a device would need, resident ones included.
     limit: bytes it has.
     flops: operations of one run over all devices, as the mathematics asks.
@@ -83,6 +85,7 @@ def plan(
   json_path: str | None = None,
   tell: Callable[[str], None] = print,
   only: str = '',
+  thorough: bool = False,
 ) -> dict[str, Any]:
   """Plans the run of a config on a slice.
 
@@ -92,6 +95,7 @@ def plan(
     json_path: also write the result there.
     tell: takes lines for people.
     only: regular expression; programs in whose name it is not found are left out.
+    thorough: as of `estimate_program`.
 
   Returns:
     {'topology', 'programs': {name: Estimate.to_json()}}.
@@ -112,7 +116,7 @@ def plan(
   for program, needed in zip(programs(planned), programs(_without_remat(planned)), strict=True):
     if not re.search(only, program.name):
       continue
-    estimate = estimate_program(program, needed, target)
+    estimate = estimate_program(program, needed, target, thorough)
     found[estimate.name] = estimate.to_json()
     for line in describe(estimate, config):
       tell(line)
@@ -133,13 +137,16 @@ def _without_remat(planned: Planned) -> Planned:
   )
 
 
-def estimate_program(program: Program, needed: Program, target: Slice) -> Estimate:
+def estimate_program(
+  program: Program, needed: Program, target: Slice, thorough: bool = False
+) -> Estimate:
   """Compiles a program for a slice.
 
   Args:
     program: what to compile.
     needed: the same without rematerialisation, to count what the mathematics asks.
     target: the slice.
+    thorough: compile just as the run would, in ten times the time.
   """
   executed = traced_flops(traced(program))
   flops = traced_flops(traced(needed))
@@ -148,7 +155,8 @@ def estimate_program(program: Program, needed: Program, target: Slice) -> Estima
   limit, devices = target.hbm_limit, program.mesh.devices.size
   try:
     with sharding.use_mesh(program.mesh), quiet(), _precision(program):
-      compiled = program.function.lower(*program.arguments).compile()
+      lowered = program.function.lower(*program.arguments)
+      compiled = lowered.compile(compiler_options=None if thorough else _QUICKLY)
   except jax.errors.JaxRuntimeError as error:
     needs = _out_of_memory(str(error))
     if needs is None:
@@ -161,18 +169,19 @@ def estimate_program(program: Program, needed: Program, target: Slice) -> Estima
   compiling = spent()
   memory = compiled.memory_analysis()
   hbm = {kind: bytes_per_device(tree) for kind, tree in program.kinds.items()}
-  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   # Those that a program does not use are no arguments of it any more, but they are there.
   arguments = max(bytes_per_device(program.arguments), memory.argument_size_in_bytes)
-  hbm['inputs and outputs'] = arguments - sum(hbm.values()) + outputs
-  hbm['temporaries'] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+  hbm['inputs'] = arguments - sum(hbm.values())
+  # Not temp_size_in_bytes: that is where all of them would lie, and not all live at once.
+  hbm['temporaries'] = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+  hbm['code'] = memory.generated_code_size_in_bytes
   hbm['resident'] = resident
   needs = sum(hbm.values())
   traffic = tuple(collectives(compiled.as_text(), dict(program.mesh.shape)))
   weights = sum(hbm.get(kind, 0) for kind in ('parameters', 'optimizer'))
   times = {
     'compute': executed / devices / target.flops,
-    'memory': (program.passes * hbm.get('parameters', 0) + weights + 2 * hbm['temporaries'])
+    'memory': (program.passes * hbm.get('parameters', 0) + weights + 2 * memory.temp_size_in_bytes)
     / target.bandwidth,
     'links': sum(part.bytes for part in traffic) / target.ici,
   }

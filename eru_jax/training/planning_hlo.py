@@ -13,6 +13,8 @@ _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
 _CALLED = re.compile(r'(?:body|calls|to_apply|called_computations)=\{?([^,{}]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
+_BOUND = re.compile(r' compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT')
 _SHAPE = re.compile(r'\b(pred|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]')
 _BITS = {'pred': 8, 'bf16': 16, 'c64': 64, 'c128': 128}
 
@@ -80,8 +82,7 @@ def _turns(bodies: dict[str, list[str]]) -> dict[str, int]:
   calls: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
   for name, lines in bodies.items():
     for line in lines:
-      trips = _TRIPS.search(line)
-      times = int(trips[1]) if trips and ' while(' in line else 1
+      times = _trips(line, bodies) if ' while(' in line else 1
       names = [n for found in _BRANCHES.findall(line) for n in found.split(',')]
       names += _CALLED.findall(line)
       for called in {n.strip().removeprefix('%') for n in names}:
@@ -96,6 +97,25 @@ def _turns(bodies: dict[str, list[str]]) -> dict[str, int]:
     return found[name]
 
   return {name: turns(name) for name in bodies}
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+  """Of a loop: as it is annotated, or up to what its condition compares its counter with.
+
+  Loops of JAX count from 0. One whose end depends on what it computes counts once.
+  """
+  known = _TRIPS.search(line)
+  if known:
+    return int(known[1])
+  condition = _CONDITION.search(line)
+  for step in bodies.get(condition[1], ()) if condition else ():
+    bound = _BOUND.search(step)
+    if bound and 'ROOT' in step:
+      for other in bodies[condition[1]]:
+        number = re.search(rf'%?{re.escape(bound[1])} = .* constant\((\d+)\)', other)
+        if number:
+          return int(number[1])
+  return 1
 
 
 def _groups(options: str, devices: int) -> np.ndarray:
