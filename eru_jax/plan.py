@@ -21,7 +21,7 @@ _ONLY = flags.DEFINE_string(
   'only', '', 'Regular expression; compile only programs in whose name it is found.'
 )
 _THOROUGH = flags.DEFINE_bool(
-  'thorough', False, 'Compile as the run itself would, which takes ten times as long.'
+  'thorough', False, 'Compile as the run itself would, which takes five times as long.'
 )
 flags.mark_flags_as_required(['config', 'topology'])
 

@@ -21,7 +21,7 @@ from eru_jax.training.planning_model import Planned, open_planned
 from eru_jax.training.planning_programs import Program, bytes_per_device, programs, traced
 from eru_jax.training.run import print_plan
 
-# Of libtpu, which spends nine tenths of its time on speed that a plan has no use for.
+# Of libtpu, which spends most of its time on speed that a plan has no use for.
 _QUICKLY = {'exec_time_optimization_effort': -1.0}
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -146,7 +146,7 @@ def estimate_program(
     program: what to compile.
     needed: the same without rematerialisation, to count what the mathematics asks.
     target: the slice.
-    thorough: compile just as the run would, in ten times the time.
+    thorough: compile just as the run would, in five times the time.
   """
   executed = traced_flops(traced(program))
   flops = traced_flops(traced(needed))
