@@ -38,6 +38,10 @@ NO_RL = dict(
   text_noise=0.1,
   reward_high=0.5,
 )
+# Chance calls one of eight right: r is below one half, from which nothing positive is learnt.
+_REWARDED = {'positive_only': {'reward_low': -1.0}}
+# Over how many devices a mesh splits examples.
+EXAMPLES = {'data': 8, 'fsdp': 8, 'all': 4, 'data and tensor': 4, 'sequence': 2}
 # What is run: name -> (stage, its settings, the experiment's).
 PROGRAMS = {
   'autoencoder': ('autoencoder', dict(batch_size=8), {}),
@@ -61,7 +65,7 @@ PROGRAMS = {
     )
   },
   **{
-    f'no_rl, {variant}': ('no_rl', NO_RL | {'variant': variant}, {})
+    f'no_rl, {variant}': ('no_rl', NO_RL | {'variant': variant, **_REWARDED.get(variant, {})}, {})
     for variant in (
       'anchored_negatives',
       'policy_gradient',
@@ -258,12 +262,51 @@ def test_it_equals_one_device(found, program, mesh):
     assert many['values'][name] == pytest.approx(one['values'][name], rel=TOLERANCE)
   assert many['values']['skipped'] == 0 < many['values']['grad_norm']
   assert many['arrays'].keys() == one['arrays'].keys()
-  # Optimisers' first moments are the gradients, scaled.
-  errors = {k: relative_error(many['arrays'][k], x) for k, x in one['arrays'].items()}
+  errors = _errors(many['arrays'], one['arrays'])
   worst = max(errors, key=errors.get)
   assert errors[worst] <= TOLERANCE, (worst, errors[worst])
-  # The devices share the work, which is all of it but what rounds up.
-  assert sum(many['flops']) < sum(one['flops']) / 4
+  # The devices share the work; convolutions only as far as they share the examples.
+  share = 1 / 4
+  if program.startswith(('autoencoder', 'reward', 'no_rl')):
+    share = max(share, 1.3 / EXAMPLES[mesh])
+  assert sum(many['flops']) < share * sum(one['flops'])
+
+
+def _errors(many, one):
+  """Relative errors by path, where a rounding error of the gradients is one of the array, too.
+
+  Optimisers' moments are the gradients, scaled, and their squares. Some gradients are zero but for
+  rounding (a bias of attention's keys moves no output): a hundredth of the usual one is the least
+  that errors are relative to. AdamW's first step is the sign of every element: parameters are
+  compared where that is sure.
+  """
+
+  def gradients(arrays):
+    found = {k: np.float64(x) for k, x in arrays.items() if '/mu/' in k}
+    return found | {k: np.sqrt(np.float64(x)) for k, x in arrays.items() if '/nu/' in k}
+
+  mine, theirs = gradients(many), gradients(one)
+  usual = {
+    kind: np.sqrt(np.mean(np.concatenate([x.ravel() for k, x in theirs.items() if kind in k]) ** 2))
+    for kind in ('/mu/', '/nu/')
+  }
+  errors = {}
+  for name in one:
+    root, _, path = name.partition('/')
+    found, expected = (x.get(name) for x in (mine, theirs))
+    least = 0.0
+    if expected is not None:
+      least = 1e-2 * usual['/mu/' if '/mu/' in name else '/nu/']
+    else:
+      found, expected = np.float64(many[name]), np.float64(one[name])
+    moment = next((k for k in theirs if k.endswith(f'/mu/{path}')), None)
+    if root in ('params', 'ema') and moment:
+      gradient = np.abs(theirs[moment])
+      sure = gradient > 1e-3 * max(np.sqrt(np.mean(gradient**2)), 1e-2 * usual['/mu/'])
+      found, expected = found[sure], expected[sure]
+    size = max(np.linalg.norm(expected), least * expected.size**0.5, 1e-30)
+    errors[name] = np.linalg.norm(found - expected) / size
+  return errors
 
 
 def test_every_variant_is_run():
