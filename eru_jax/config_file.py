@@ -113,18 +113,42 @@ def _plain(config: Any) -> Any:
     config = config.to_dict()
   if isinstance(config, Mapping):
     return {key: _plain(value) for key, value in config.items()}
+  if isinstance(config, (list, tuple)):
+    return type(config)(map(_plain, config))
   return config
 
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
   *sections, name = key.split('.')
+  place: Any = values
   for depth, section in enumerate(sections, start=1):
-    values = values.setdefault(section, {})
-    if not isinstance(values, dict):
+    if isinstance(place, list):
+      place = place[_position(place, section, key, sections[: depth - 1])]
+    else:
+      # A tuple's entries cannot be replaced, a list's can.
+      found = place.get(section, {})
+      place[section] = list(found) if isinstance(found, tuple) else found
+      place = place[section]
+    if not isinstance(place, (dict, list)):
+      where = '.'.join(sections[:depth])
       raise UserError(
-        f'--config.{key}: `{".".join(sections[:depth])}` is {values!r} and has no keys to override.'
+        f'--config.{key}: `{where}` is {place!r} and has no keys to override: override '
+        f'--config.{where} itself.'
       )
-  values[name] = _literal(text)
+  if isinstance(place, list):
+    place[_position(place, name, key, sections)] = _literal(text)
+  else:
+    place[name] = _literal(text)
+
+
+def _position(entries: list[Any], name: str, key: str, sections: Sequence[str]) -> int:
+  if not name.isdecimal() or int(name) >= len(entries):
+    where = '.'.join(sections)
+    raise UserError(
+      f'--config.{key}: `{where}` is a list of {len(entries)}, and {name!r} is no place in it: '
+      f'count from 0, or override --config.{where} itself.'
+    )
+  return int(name)
 
 
 def _literal(text: str) -> Any:

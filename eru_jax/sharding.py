@@ -156,7 +156,8 @@ def logical_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
         where = jax.tree_util.keystr(path, simple=True, separator='/')
         sizes = ' x '.join(f'{name} = {mesh.shape[name]}' for name in names)
         raise UserError(
-          f'mesh {sizes} does not divide the {size} channels of {where}, of shape {array.shape}.'
+          f'mesh {sizes} does not divide the {size} channels of {where}, of shape {array.shape}: '
+          f'take a divisor of {size}.'
         )
   return shardings
 

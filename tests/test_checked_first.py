@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from test_flux_training import settings
+from test_flux_training import CONFIGS, settings
 
+from eru_jax.config_file import load_config
 from eru_jax.errors import UserError
 from eru_jax.training import config as config_lib
 from eru_jax.training import experiment, modules
@@ -14,6 +15,7 @@ from eru_jax.training.run import train
 from eru_jax.training.sampling import SampleRequest, sample
 from eru_jax.weights.conversion import ConversionRequest, convert
 from eru_jax.weights.safetensors_io import write_safetensors
+from eru_jax.weights.tiny_models import write_tiny_flux
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -69,6 +71,12 @@ def test_the_adapter_to_begin_with(stage, tmp_path):
   assert 'wrong shape: x_embedder (2, 64) (3072, 2) for 16 -> 32' in message
 
 
+def test_a_pattern_without_a_layer(tmp_path):
+  rules = ({'pattern': 'attnx', 'rank': 4, 'alpha': 4.0},)
+  message = refusal('flux_dev_dk_dm.py:runlocal', tmp_path / 'run', lora=rules)
+  assert "LoRA pattern 'attnx' matches no layer" in message
+
+
 @pytest.mark.parametrize(
   ('image', 'words'),
   [
@@ -101,6 +109,7 @@ def test_pictures_to_learn_from(image, words, tmp_path):
     ({'image': 'nosuch.png'}, '--image: there is no picture nosuch.png'),
     ({'image': 'broken.png'}, '--image: broken.png is not a readable picture'),
     ({'image': 'whole.png', 'strength': 0.0}, 'leaves none of 2 steps'),
+    ({'stage': 'nosuch'}, '--stage=nosuch: this model has base, give one of these'),
   ],
 )
 def test_flags_of_sample(flags, words, tmp_path, monkeypatch):
@@ -119,3 +128,19 @@ def test_kernels_in_int8_stay_as_they_are_under_adapters(rounded):
     values = settings(f'flux_dev_dk_dm.py:{argument}', model__source=rounded)
     config = config_lib.from_mapping(config_lib.ExperimentConfig, values)
     modules.check_training(experiment.resolve(config))
+
+
+@pytest.mark.parametrize('name', ['flux_dev_dk_dm', 'flux_dev_no_rl', 'flux_finetune'])
+@pytest.mark.parametrize(
+  ('guidance', 'sampler'), [(True, (28, None, 3.5)), (False, (4, 0.0, 0.0))], ids=['dev', 'schnell']
+)
+def test_pictures_are_made_as_the_model_wants(name, guidance, sampler, tmp_path):
+  """The configs are for either of the published models."""
+  write_tiny_flux(tmp_path / 'model', guidance=guidance)
+  values = load_config(str(CONFIGS / f'{name}.py'), {'model.source': str(tmp_path / 'model')})
+  found = experiment.resolve(config_lib.from_mapping(config_lib.ExperimentConfig, values))
+  sampling = found.sampling
+  assert (sampling.num_steps, sampling.shift_mu, sampling.guidance) == sampler
+  values['sampling'] |= {'num_steps': 9}
+  found = experiment.resolve(config_lib.from_mapping(config_lib.ExperimentConfig, values))
+  assert found.sampling.num_steps == 9 and found.sampling.shift_mu == sampler[1]

@@ -53,7 +53,7 @@ def test_a_second_start_of_a_whole_run_compiles_nothing(tiny_config, tmp_path):
   compiled, _ = start(tmp_path / 'first', _TRAIN, tiny_config, tmp_path / 'cache')
   again, hits = start(tmp_path / 'second', _TRAIN, tiny_config, tmp_path / 'cache')
   print(f'{compiled} programs compiled at first, then {again}; {hits} read')
-  assert again == 0 and hits >= compiled > 100
+  assert again == 0 and hits >= compiled > 50
 
 
 @pytest.fixture

@@ -11,12 +11,14 @@ from eru_jax.config_file import load_config
 from eru_jax.errors import UserError
 from eru_jax.models.attention import IMPLEMENTATIONS
 from eru_jax.models.flux import FluxConfig
+from eru_jax.models.lora import LoraRule
 from eru_jax.models.stack import REMAT_POLICIES
 from eru_jax.training import config as config_lib
 from eru_jax.training.config import (
   STAGE_CONFIGS,
   ExperimentConfig,
   ModelConfig,
+  SamplingConfig,
   from_mapping,
   to_json,
 )
@@ -410,6 +412,34 @@ def test_override_below_a_value(tmp_path):
   path.write_text(FILE)
   with pytest.raises(UserError, match=r'--config.dk_dm.num_steps.x: `dk_dm.num_steps` is 5'):
     load_config(str(path), {'dk_dm.num_steps.x': '1'})
+
+
+LISTS = """
+def get_config():
+  return {'lora': ({'pattern': 'attn', 'rank': 64, 'alpha': 128.0},), 'stages': ('dk_dm',)}
+"""
+
+
+def test_entries_of_lists_are_overridden_by_their_places(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text(LISTS)
+  values = load_config(str(path), {'lora.0.rank': '8', 'lora.0.alpha': '8.0', 'stages.0': 'no_rl'})
+  config = from_mapping(ExperimentConfig, values)
+  assert config.lora == (LoraRule('attn', 8, 8.0),) and config.stages == ('no_rl',)
+  for key, name in (('lora.1.rank', '1'), ('lora.rank', 'rank'), ('lora.-1.rank', '-1')):
+    with pytest.raises(UserError, match=f'`lora` is a list of 1, and {name!r} is no place in it'):
+      load_config(str(path), {key: '8'})
+
+
+def test_a_sampler_is_left_to_the_model_by_one_word():
+  sampling = from_mapping(SamplingConfig, {'num_steps': 'own', 'shift_mu': 'own', 'cfg_scale': 2})
+  assert sampling.of({'num_steps': 28, 'shift_mu': None}) == SamplingConfig(28, None, 3.5, 2.0)
+  assert sampling.of({}) == SamplingConfig(cfg_scale=2.0)
+  for name in ('num_steps', 'shift_mu', 'guidance'):
+    with pytest.raises(UserError, match=f"`{name}` is 'its' but must be .*, or 'own'"):
+      from_mapping(SamplingConfig, {name: 'its'})
+  with pytest.raises(UserError, match='num_steps` is 2.5 but must be an int'):
+    from_mapping(SamplingConfig, {'num_steps': 2.5})
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from eru_jax.models.quantize import quantize
 from eru_jax.weights import arrays, conversion, model_directory, tensor_files
 from eru_jax.weights.conversion import ConversionRequest, convert
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
+from eru_jax.weights.tiny_models import write_tiny_flux
 
 SHARD = 100_000
 TRANSFORMER = 'transformer/diffusion_pytorch_model.safetensors'
@@ -113,6 +114,14 @@ def test_there_and_back_the_files_are_the_same_to_the_byte(snapshot, converted, 
   assert len(list((snapshot / 'transformer').glob('*.safetensors'))) > 2
   convert(request(converted['eru'], tmp_path / 'back', 'diffusers'))
   assert contents(tmp_path / 'back') == contents(snapshot)
+
+
+def test_a_whole_snapshot_with_its_encoders_too(tmp_path):
+  write_tiny_flux(tmp_path / 'snapshot')
+  for source, to in (('snapshot', 'eru'), ('eru', 'diffusers')):
+    convert(ConversionRequest('flux', str(tmp_path / source), str(tmp_path / to), to))
+  back, first = (contents(tmp_path / name) for name in ('diffusers', 'snapshot'))
+  assert back == first and any(name.startswith('text_encoder_2/') for name in back)
 
 
 @pytest.mark.parametrize('to', ['original', 'comfyui'])

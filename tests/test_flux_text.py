@@ -215,14 +215,19 @@ def test_one_encoder_at_a_time_is_resident(directory, monkeypatch):
   assert not any(ref() is not None for ref in spy.alive)
 
 
-def test_parameters_are_kept_on_request(directory, monkeypatch):
+def test_expected_prompts_need_each_encoder_once_and_alone(directory, monkeypatch):
   spy = _Spy(monkeypatch)
   encoder = load_flux_text(directory, max_length=LENGTH, keep_resident=True)
-  first, second = encoder.encode(['a']), encoder.encode(['a'])
-  assert [name for name, _ in spy.read] == ['text_encoder', 'text_encoder_2']
-  np.testing.assert_array_equal(first.tokens, second.tokens)
+  encoder.expect(['a', 'b'])
+  first, second = encoder.encode(['a']), encoder.encode(['b', 'a'])
+  encoder.null_conditioning()
+  assert spy.read == [('text_encoder', 0), ('text_encoder_2', 0)]
+  np.testing.assert_array_equal(first.tokens[0], second.tokens[1])
+  np.testing.assert_array_equal(first.pooled[0], second.pooled[1])
   encoder.release()
   assert not any(ref() is not None for ref in spy.alive)
+  unexpected = load_flux_text(directory, max_length=LENGTH).encode(['b', 'a'])
+  np.testing.assert_array_equal(second.pooled, unexpected.pooled)
 
 
 def test_long_prompts_are_cut_with_one_warning(directory, caplog):

@@ -211,7 +211,7 @@ def test_text_encoders_are_left_out_with_one_warning(tmp_path, monkeypatch):
   assert set(adapter) == {'x_embedder'}
   assert len(warned) == 1 and 'text encoders' in warned[0] and 'lora_te1_' in warned[0]
   del stored['transformer.x_embedder.lora_A.weight'], stored['transformer.x_embedder.lora_B.weight']
-  with pytest.raises(UserError, match='holds no adapter of a FLUX.1 transformer'):
+  with pytest.raises(UserError, match='holds adapters of text encoders alone'):
     import_lora(_write(tmp_path / 'x.safetensors', stored), tiny_config())
 
 
@@ -424,3 +424,9 @@ def test_several_adapters_are_one():
   other = {'x_embedder': {'a': np.ones((9, 2)), 'b': np.ones((2, 32))}}
   with pytest.raises(UserError, match=r"not of one model: at 'x_embedder' .*\(9, 2\)"):
     lora.combine([(second, rules, 1.0), (other, rules, 1.0)])
+
+
+def test_weights_of_a_model_are_no_adapter(tmp_path):
+  path = _write(tmp_path / 'x.safetensors', {'x_embedder.bias': np.zeros(4, np.float32)})
+  with pytest.raises(UserError, match='holds no adapter, but 1 other tensors such as x_embedder.b'):
+    import_lora(path, tiny_config())

@@ -1,5 +1,7 @@
 """`sample` on the tiny FLUX.1 that the package makes itself: what its flags do."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,4 +39,7 @@ def test_the_dtype_is_the_one_that_was_asked_for(tmp_path, monkeypatch):
   for snapshot, dtype in zip(used, (jnp.float32, jnp.bfloat16), strict=True):
     assert snapshot.model.backbone.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(snapshot.backbone)} == {jnp.dtype(dtype)}
+  (record,) = json.loads((tmp_path / 'bfloat16' / 'samples.json').read_text())
+  told = {name: record[name] for name in ('model', 'num_steps', 'height', 'dtype', 'adapters')}
+  assert told == dict(model='tiny_flux', num_steps=1, height=32, dtype='bfloat16', adapters=[])
   assert 0 < relative_error(latents[1], latents[0]) < 0.1

@@ -42,6 +42,8 @@ class Encoder(Protocol):
 
   def encode(self, prompts: Sequence[str], warn: bool = True) -> Conditioning: ...
 
+  def expect(self, prompts: Sequence[str]) -> None: ...
+
   def null_conditioning(self) -> Conditioning: ...
 
   def warn_if_cut(self, prompts: Sequence[str], mask: np.ndarray | None) -> None: ...
@@ -176,6 +178,8 @@ class EmbeddingCache:
     """
     check_prompts(prompts)
     missing = [p for p in dict.fromkeys(prompts) if _key(p) not in self._places]
+    if missing:
+      self._encoder.expect(missing)
     for start in range(0, len(missing), at_once):
       part = missing[start : start + at_once]
       self._store(part, self._encoder.encode(part, warn=False))

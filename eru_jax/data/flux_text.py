@@ -127,12 +127,13 @@ class FluxTextEncoder:
   """FLUX.1's frozen CLIP and T5 with their tokenisers. Build it with `load_flux_text`.
 
   Parameters are read when prompts are encoded, T5's after CLIP's are gone, and dropped after.
+  Prompts that come part by part are announced by `expect`, so that neither is read twice.
 
   Attributes:
     directory: the snapshot.
     clip: the encoder of the pooled vector.
     t5: the encoder of the token states.
-    keep_resident: keep the parameters of both after their first use, until `release`.
+    keep_resident: keep T5's parameters after their first use, until `release`.
   """
 
   directory: pathlib.Path
@@ -140,6 +141,7 @@ class FluxTextEncoder:
   t5: _Half
   keep_resident: bool = False
   _resident: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+  _pooled: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
   def widths(self) -> tuple[int, int]:
@@ -208,25 +210,35 @@ class FluxTextEncoder:
     """Returns token ids of CLIP (B, 77) and of T5 (B, max_length), int32, padding included."""
     return self.clip.tokenize(prompts), self.t5.tokenize(prompts)
 
-  def release(self) -> None:
-    """Drops the parameters that `keep_resident` has kept."""
-    self._resident.clear()
+  def expect(self, prompts: Sequence[str]) -> None:
+    """Runs CLIP, alone, on prompts that T5 will be asked for, and on the empty one.
 
-  def _run(self, half: _Half, ids: np.ndarray) -> np.ndarray:
-    name = half.folder.name
-    params = self._resident[name] if name in self._resident else half.parameters()
-    if self.keep_resident:
-      self._resident[name] = params
-    return half.run(params, ids)
+    Pooled vectors are small, and so CLIP is gone before T5 comes to stay.
+    """
+    missing = [prompt for prompt in ('', *prompts) if prompt not in self._pooled]
+    if missing:
+      pooled = self.clip.run(self.clip.parameters(), self.clip.tokenize(missing))
+      self._pooled.update(zip(missing, pooled, strict=True))
+
+  def release(self) -> None:
+    """Drops what `keep_resident` and `expect` have kept."""
+    self._resident.clear()
+    self._pooled.clear()
 
   def _encode(self, prompts: Sequence[str]) -> Conditioning:
     if not prompts:
       states, pooled = self.widths
       tokens = np.zeros((0, self.t5.length, states), self.t5.module.dtype)
       return Conditioning(tokens, pooled=np.zeros((0, pooled), np.float32))
-    clip_ids, t5_ids = self.tokenize(prompts)
-    pooled = self._run(self.clip, clip_ids)
-    return Conditioning(self._run(self.t5, t5_ids), pooled=pooled)
+    if all(prompt in self._pooled for prompt in prompts):
+      pooled = np.stack([self._pooled[prompt] for prompt in prompts])
+    else:
+      pooled = self.clip.run(self.clip.parameters(), self.clip.tokenize(prompts))
+    params = self._resident.get('t5')
+    params = self.t5.parameters() if params is None else params
+    if self.keep_resident:
+      self._resident['t5'] = params
+    return Conditioning(self.t5.run(params, self.t5.tokenize(prompts)), pooled=pooled)
 
 
 def load_flux_text(
@@ -243,7 +255,7 @@ def load_flux_text(
     max_length: tokens that T5 pads or cuts a prompt to, end of text included: 512 for FLUX.1-dev,
       256 for -schnell.
     dtype: of the computation and of the token states, float32 or bfloat16.
-    keep_resident: keep parameters on the devices between calls of `encode`.
+    keep_resident: keep T5's parameters on the devices between calls of `encode`.
     mesh: the devices; None takes one.
 
   Raises:

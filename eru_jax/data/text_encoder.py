@@ -109,6 +109,9 @@ class TextEncoder:
       self.warn_if_cut(prompts, conditioning.mask)
     return conditioning
 
+  def expect(self, prompts: Sequence[str]) -> None:
+    """Does nothing: this encoder is small, and stays."""
+
   def warn_if_cut(self, prompts: Sequence[str], mask: np.ndarray | None = None) -> None:
     """Warns, once for all of them, if prompts are too long for their embeddings.
 

@@ -51,7 +51,9 @@ class Dense(nn.Module):
     x = _whole(x.astype(self.dtype), self.axes[0])
     y = _whole(_matmul(x, kernel.astype(self.dtype)), self.axes[1])
     if self.has_variable('params', 'kernel_scale'):
-      y = y * self.get_variable('params', 'kernel_scale').astype(self.dtype)
+      # Rounded to bfloat16, a scale would add half as much error again as the kernel's int8 has.
+      scale = self.get_variable('params', 'kernel_scale').astype(jnp.float32)
+      y = (y.astype(jnp.float32) * scale).astype(self.dtype)
     if self.has_variable('lora', 'a'):
       a, b, scale = (self.get_variable('lora', name) for name in ('a', 'b', 'scale'))
       delta = _matmul(_matmul(x, a.astype(self.dtype)), b.astype(self.dtype))

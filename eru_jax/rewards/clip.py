@@ -229,7 +229,10 @@ def read_clip_directory(directory: str | os.PathLike) -> tuple[ClipConfig, Image
   """
   root = pathlib.Path(directory)
   if not root.is_dir():
-    raise UserError(f'There is no CLIP directory {root}: give one in the Hugging Face layout.')
+    raise UserError(
+      f'There is no CLIP directory {root}: download one in the Hugging Face layout (docs/'
+      'rewards.md says what is in it).'
+    )
   present = {path.name for path in root.iterdir()}
   missing = [] if _CONFIG in present else [_CONFIG]
   if not present & {_WEIGHTS, f'{_WEIGHTS}.index.json'}:

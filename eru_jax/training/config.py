@@ -51,6 +51,8 @@ MODEL_OWN = {
     'a multiple of 16',
   ),
 }
+# Of the sampler: as the model directory says.
+OWN = 'own'
 # Values of `model.source` and `data.pairs` that are no paths.
 MODEL_NAMES = ('emoji_base', 'tiny_flux', 'scratch')
 # By world.
@@ -147,29 +149,44 @@ class SamplingConfig:
   """How pictures are made, in rollouts and in evaluation.
 
   Attributes:
-    num_steps: Euler steps.
+    num_steps: Euler steps. 'own', here and in the next two, is what the model directory says: 28
+      steps, None and 3.5 of FLUX.1-dev, 4 steps, 0 and 0 of -schnell.
     shift_mu: FLUX's timestep shift; 0 is an even grid, None FLUX.1-dev's own choice, which grows
       with the number of image tokens.
     guidance: guidance scale fed to a guidance-distilled model; ignored by others.
     cfg_scale: true classifier-free guidance; 1 is off.
   """
 
-  num_steps: int = 12
-  shift_mu: float | None = 0.0
-  guidance: float = 3.5
+  num_steps: int | str = 12
+  shift_mu: float | str | None = 0.0
+  guidance: float | str = 3.5
   cfg_scale: float = 1.0
 
   def __post_init__(self):
-    require(
-      self,
-      num_steps=(self.num_steps >= 1, 'at least 1'),
-      shift_mu=(
-        self.shift_mu is None or abs(self.shift_mu) <= MAX_SHIFT_MU,
-        f'from {-MAX_SHIFT_MU:g} to {MAX_SHIFT_MU:g}, or None',
+    limit = MAX_SHIFT_MU
+    rules = {
+      'num_steps': (lambda value: value >= 1, 'at least 1'),
+      'shift_mu': (
+        lambda value: value is None or abs(value) <= limit,
+        f'from {-limit:g} to {limit:g}, or None',
       ),
-      guidance=_scale(self.guidance),
-      cfg_scale=_scale(self.cfg_scale),
-    )
+      'guidance': (lambda value: _scale(value)[0], _scale(0)[1]),
+    }
+    for name, (valid, wanted) in rules.items():
+      value = getattr(self, name)
+      known = value == OWN or not isinstance(value, str) and valid(value)
+      require(self, **{name: (known, f"{wanted}, or '{OWN}'")})
+    require(self, cfg_scale=_scale(self.cfg_scale))
+
+  def of(self, stored: Mapping[str, Any]) -> 'SamplingConfig':
+    """With nothing left to the model.
+
+    Args:
+      stored: the sampler of a model directory, which may leave out what it does not know.
+    """
+    left = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) == OWN]
+    usual = SamplingConfig()
+    return dataclasses.replace(self, **{n: stored.get(n, getattr(usual, n)) for n in left})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,8 +392,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     inner = get_args(hint)[0]
     return tuple(_convert(v, inner, f'{where}[{i}]') for i, v in enumerate(value))
   if origin in (typing.Union, types.UnionType):
-    hint = next(arg for arg in get_args(hint) if arg is not type(None))
-    return None if value is None else _convert(value, hint, where)
+    hints = [arg for arg in get_args(hint) if arg is not type(None)]
+    if value is None and len(hints) < len(get_args(hint)):
+      return None
+    return value if isinstance(value, str) and str in hints else _convert(value, hints[0], where)
   if hint is dict:
     if not isinstance(value, Mapping):
       raise UserError(f'config: `{where}` is {value!r} but must be a mapping.')

@@ -293,9 +293,22 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
   adapter = absolute(config.adapter, NO_PATHS)
   paths = {name: absolute(getattr(config.no_rl, name), REWARD_NAMES) for name in REWARD_FILES}
   no_rl = dataclasses.replace(config.no_rl, **paths)
+  model = resolve_model(config.model)
   return dataclasses.replace(
-    config, model=resolve_model(config.model), data=data, adapter=adapter, no_rl=no_rl
+    config,
+    model=model,
+    data=data,
+    adapter=adapter,
+    no_rl=no_rl,
+    sampling=config.sampling.of(own_sampling(model)),
   )
+
+
+def own_sampling(model: ModelConfig) -> dict[str, Any]:
+  """The sampler that a resolved model was made for, as far as its directory says."""
+  if model.source == 'scratch':
+    return {}
+  return model_directory.read_settings(model_path(model.source)).get('sampling', {})
 
 
 def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
@@ -319,6 +332,7 @@ def load_snapshot(config: ExperimentConfig, mesh: Mesh) -> Snapshot:
     mesh,
     settings.dtype if settings.params == 'int8' else settings.params,
     int8_layers(settings),
+    frozen_autoencoder='autoencoder' not in config.stages,
   )
   model = build_model(config, stored.family, stored.architecture, stored.autoencoder_config)
   snapshot = Snapshot(model, stored.backbone, stored.autoencoder, reward=stored.reward)

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from eru_jax.errors import UserError
-from eru_jax.models import autoencoder_kl, registry
+from eru_jax.models import autoencoder_kl, lora, registry
 from eru_jax.training.config import ExperimentConfig, ModelConfig, model_path
 from eru_jax.weights import model_directory
 from eru_jax.weights.lora_io import check_lora
@@ -73,11 +74,12 @@ def check_training(config: ExperimentConfig) -> None:
   """Looks at what a resolved experiment is going to train, hours before it does.
 
   Raises:
-    UserError: as `described`, if what would be trained can only stay frozen, or if the adapter to
-      begin with is missing, damaged or of another architecture.
+    UserError: as `described`, if what would be trained can only stay frozen, if a pattern of `lora`
+      matches no layer, or if the adapter to begin with is missing, damaged or of another
+      architecture.
   """
   found = read_headers(config.model)
-  build_model(config, found.family, found.architecture, found.autoencoder_config)
+  model = build_model(config, found.family, found.architecture, found.autoencoder_config)
   if trains_backbone(config) and found.int8:
     raise UserError(
       f'{model_path(config.model.source)} holds kernels in int8, which can only stay frozen, and '
@@ -86,6 +88,10 @@ def check_training(config: ExperimentConfig) -> None:
     )
   if config.adapter:
     check_lora(config.adapter, found.architecture)
+  elif config.lora:
+    key = jax.random.key(0)
+    boxed = jax.eval_shape(lambda: model.init(key, config.model.num_text_tokens))
+    jax.eval_shape(lambda: lora.init(key, boxed, config.lora))
 
 
 def trains_backbone(config: ExperimentConfig) -> bool:

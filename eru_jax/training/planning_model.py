@@ -27,7 +27,7 @@ from eru_jax.types import Conditioning
 from eru_jax.weights import layouts, model_directory, sources
 from eru_jax.weights.layouts import Component
 from eru_jax.weights.lora_io import import_lora
-from eru_jax.weights.snapshot import read_json
+from eru_jax.weights.snapshot import published_sampler, read_json
 from eru_jax.weights.streaming import sharding_of
 
 PyTree = Any
@@ -69,9 +69,12 @@ def open_planned(config: ExperimentConfig, mesh: Mesh) -> Planned:
   published = config.model.source != 'scratch' and not path.is_dir()
   if published:
     notes.append(f'{config.model.source} is not there: planned for the published FLUX.1.')
-    config = dataclasses.replace(config, model=_published(config.model))
+    model = _published(config.model)
+    sampling = published_sampler(guided=not _is_schnell(config.model))
   else:
-    config = dataclasses.replace(config, model=experiment_lib.resolve_model(config.model))
+    model = experiment_lib.resolve_model(config.model)
+    sampling = experiment_lib.own_sampling(model)
+  config = dataclasses.replace(config, model=model, sampling=config.sampling.of(sampling))
   world = _world(config, notes)
   family, architecture, autoencoder = _architectures(config.model, None if published else path)
   t5, clip = _text_encoders(config.model, None if published else path)
@@ -83,12 +86,15 @@ def open_planned(config: ExperimentConfig, mesh: Mesh) -> Planned:
   return Planned(experiment, snapshot, t5, clip, tuple(notes))
 
 
+def _is_schnell(settings: ModelConfig) -> bool:
+  return 'schnell' in pathlib.Path(settings.source).name.lower()
+
+
 def _published(settings: ModelConfig) -> ModelConfig:
-  schnell = 'schnell' in pathlib.Path(settings.source).name.lower()
   return dataclasses.replace(
     settings,
     text_encoder='flux',
-    text_length=settings.text_length or (256 if schnell else 512),
+    text_length=settings.text_length or (256 if _is_schnell(settings) else 512),
     resolution=settings.resolution or 1024,
   )
 
@@ -202,7 +208,8 @@ def _snapshot(
     name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding_of(name, len(s.shape), places))
     for name, s in found.items()
   }
-  other = _specs(layouts.AUTOENCODER, autoencoder, path, dtype, None)
+  frozen = 'autoencoder' not in config.stages
+  other = _specs(layouts.AUTOENCODER, autoencoder, path, dtype, None, frozen)
   reward = None
   if path is not None and (path / 'reward').is_dir():
     reward = experiment.place(_tree(model_directory.reward_specs(path, dtype)))
@@ -214,11 +221,19 @@ def _tree(flat: dict[str, Any]) -> PyTree:
 
 
 def _specs(
-  component: Component, architecture: Any, path: pathlib.Path | None, dtype: Any, int8: str | None
+  component: Component,
+  architecture: Any,
+  path: pathlib.Path | None,
+  dtype: Any,
+  int8: str | None,
+  frozen: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Parameters as they would be loaded: as the files say, or without files as all of them do."""
   if path is not None and sources.holds(component, path):
-    return sources.open_weights(component, path, dtype, int8).specs()
+    weights = sources.open_weights(component, path, dtype, int8)
+    return (model_directory.frozen(weights) if frozen else weights).specs()
+  # What is published is in bfloat16.
+  dtype = jnp.bfloat16 if frozen else dtype
   found = {}
   shapes = traverse_util.flatten_dict(component.shapes(architecture), sep='/')
   for name, spec in shapes.items():

@@ -52,7 +52,8 @@ def read_config(model: str) -> tuple[config_lib.ExperimentConfig, pathlib.Path |
   if not named and not model_directory.is_model(path):
     raise UserError(
       f'--model={model} is neither the workdir of a run (it would hold config.json) nor a model '
-      "directory (it would hold eru_jax.json or model_index.json) nor 'emoji_base'."
+      'directory (it would hold eru_jax.json or model_index.json): check the path, download the '
+      "model into it, or take what comes with the package, 'emoji_base' or 'tiny_flux'."
     )
   source = model if named else str(path)
   prepare_model(source)

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,13 +20,14 @@ from eru_jax.data.pairs import read_lines, read_prompt_file
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
 from eru_jax.files import check_directory, replace_file
-from eru_jax.training.config import SamplingConfig
+from eru_jax.training.config import ExperimentConfig, SamplingConfig
 from eru_jax.training.evaluation import draw, judge_of, start_noise
 from eru_jax.training.experiment import with_adapters
 from eru_jax.training.modules import described
 from eru_jax.training.pictures import enlargement, image_grid, png_bytes, save_png
 from eru_jax.training.restore import open_model, read_config, snapshots
 from eru_jax.training.run import enable_compilation_cache
+from eru_jax.training.stages import evaluated_as
 from eru_jax.weights.lora_io import check_lora
 
 # Of --image, if nobody says, as in diffusers' img2img.
@@ -98,6 +100,17 @@ def _check(request: SampleRequest) -> None:
   for name, value in (*numbers.items(), *(('lora_scale', scale) for scale in request.lora_scale)):
     if value is not None and not math.isfinite(value):
       raise UserError(f'--{name}={value:g}: give a finite number.')
+
+
+def _check_stage(stage: str | None, config: ExperimentConfig, workdir: pathlib.Path | None) -> None:
+  """Raises UserError for a stage that this model will never have."""
+  names = ['base'] if config.model.source != 'scratch' else []
+  names += ['adapter'] if config.adapter else []
+  if workdir is not None:
+    labels = (evaluated_as(name, config.model.source) for name in config.stages)
+    names += [label for label in labels if label]
+  if stage is not None and stage not in names:
+    raise UserError(f'--stage={stage}: this model has {" and ".join(names)}, give one of these.')
 
 
 def _strengths(request: SampleRequest) -> list[float]:
@@ -192,7 +205,8 @@ def sample(request: SampleRequest) -> pathlib.Path:
   _check(request)
   prompts = _prompts(request)
   noise = None if request.latents is None else _read_noise(request.latents)
-  config, _ = read_config(request.model)
+  config, workdir = read_config(request.model)
+  _check_stage(request.stage, config, workdir)
   overrides: dict[str, Any] = {}
   if request.dtype is not None:
     params = 'int8' if config.model.params == 'int8' else request.dtype
@@ -231,7 +245,9 @@ def sample(request: SampleRequest) -> pathlib.Path:
     )
   label = request.stage or next(reversed(reached))
   if label not in reached:
-    raise UserError(f'--stage={label}: this model has the stages {list(reached)}.')
+    raise UserError(
+      f'--stage={label}: this run has only reached {" and ".join(reached)} yet, give one of these.'
+    )
   model = dataclasses.replace(reached[label].model, height=size[0], width=size[1])
   snapshot = dataclasses.replace(reached[label], model=model)
   if adapters:
@@ -255,11 +271,15 @@ def sample(request: SampleRequest) -> pathlib.Path:
       'that does not help, the weights are damaged.'
     )
 
+  settings = _settings(request, experiment.config, size, adapters)
+  if picture is not None:
+    settings |= {'image': request.image, 'strength': strength}
   records = []
   for index, prompt in enumerate(drawn):
     name = f'{index:04d}.png'
     replace_file(output / name, png_bytes(generated.images[index]))
     record = {'file': name, 'prompt': prompt, 'stage': label, 'seed': request.seed, 'index': index}
+    record |= settings
     if judged:
       record['judge_sees'] = pictures.names[generated.shown[index]]
     records.append(record)
@@ -271,5 +291,25 @@ def sample(request: SampleRequest) -> pathlib.Path:
     buffer = io.BytesIO()
     np.save(buffer, latents)
     replace_file(output / 'latents_final.npy', buffer.getvalue())
-  print(f'{len(drawn)} picture(s) with the model after {label!r}: {output / "grid.png"}')
+  with_what = ''.join(f' + {scale:g} x {path}' for path, scale in adapters)
+  print(f'{len(drawn)} picture(s) with the model after {label!r}{with_what}: {output / "grid.png"}')
   return output
+
+
+def _settings(
+  request: SampleRequest,
+  config: ExperimentConfig,
+  size: tuple[int, int],
+  adapters: Sequence[tuple[str, float]],
+) -> dict[str, Any]:
+  """What, besides prompt, stage and seed, it takes to draw a picture again."""
+  return {
+    'model': request.model,
+    'height': size[0],
+    'width': size[1],
+    **dataclasses.asdict(config.sampling),
+    'dtype': config.model.dtype,
+    'params': config.model.params,
+    'adapters': [{'file': path, 'scale': scale} for path, scale in adapters],
+    'latents': request.latents,
+  }

@@ -214,6 +214,11 @@ def _read(
       if module in updates:
         problems['given twice'].append(name)
       updates[module] = part
+  if not any(mark in key for key in files.tensors for mark in ('lora', 'hada', 'lokr')):
+    raise UserError(
+      f'{path} holds no adapter, but {len(files.tensors)} other tensors such as '
+      f'{next(iter(files.tensors), "none")}: give the file that the training of an adapter wrote.'
+    )
   if problems:
     raise UserError(
       f'{path} holds what this model cannot take: check which model it was made for, or save it '
@@ -221,7 +226,10 @@ def _read(
       listed(dict(sorted(problems.items()))),
     )
   if not (found if read is None else updates):
-    raise UserError(f'{path} holds no adapter of a FLUX.1 transformer: check which file it is.')
+    raise UserError(
+      f'{path} holds adapters of text encoders alone, which are left out: give one of a FLUX.1 '
+      'transformer.'
+    )
   if encoders and read is not None:
     logging.warning(
       '%s: %d tensors of adapters of text encoders are left out, such as %r.',

@@ -136,6 +136,7 @@ def load(
   mesh: Mesh | None = None,
   dtype: Any = np.float32,
   int8: str | None = None,
+  frozen_autoencoder: bool = False,
 ) -> StoredModel:
   """Reads a model directory, one array at a time.
 
@@ -147,12 +148,16 @@ def load(
       they are.
     int8: regular expression; kernels of backbone layers whose path it is found in become int8 on
       the way, if they are not yet. None: no kernel.
+    frozen_autoencoder: leave the autoencoder as it is stored if that is no wider than `dtype`:
+      nothing trains it, and more digits than it has would only take space.
 
   Raises:
     UserError: if it is missing, or a file in it is damaged, of another model or another shape.
   """
   directory = pathlib.Path(directory)
   settings, backbone, autoencoder = _open(directory, dtype, int8)
+  if frozen_autoencoder:
+    autoencoder = frozen(autoencoder)
   reward = None
   if (directory / 'reward').is_dir():
     reward = _reward(directory / 'reward' / 'model.safetensors', dtype)
@@ -188,6 +193,18 @@ def _open(
   for weights in (backbone, autoencoder):
     weights.specs()
   return settings, backbone, autoencoder
+
+
+def frozen(weights: sources.Weights) -> sources.Weights:
+  """Weights as they are stored, unless some are wider than what they were to be cast to."""
+  if weights.cast is None:
+    return weights
+  stored, width = weights.uncast(), np.dtype(weights.cast).itemsize
+  try:
+    wider = any(np.dtype(spec.dtype).itemsize > width for spec in stored.specs().values())
+  except UserError:  # of several dtypes where one is needed
+    return weights
+  return weights if wider else stored
 
 
 def _tree(arrays: Any) -> PyTree:

@@ -71,18 +71,24 @@ def settings(directory: pathlib.Path) -> dict[str, Any]:
     )
   guided = read_json(directory / 'transformer' / 'config.json').get('guidance_embeds', False)
   path = directory / 'scheduler' / 'scheduler_config.json'
+  sampling = published_sampler(guided)
+  # Weights are copied about without their scheduler; then it is that of the published models.
+  if path.exists():
+    sampling['shift_mu'] = _shift_mu(read_json(path), path)
   return {
     'family': 'flux',
     'text_encoder': 'flux',
     'text_length': 512 if guided else 256,
     'resolution': _RESOLUTION,
-    'sampling': {
-      'num_steps': 28 if guided else 4,
-      'guidance': 3.5 if guided else 0.0,
-      # Weights are copied about without their scheduler; then it is that of the published models.
-      'shift_mu': _shift_mu(read_json(path), path) if path.exists() else None if guided else 0.0,
-    },
+    'sampling': sampling,
   }
+
+
+def published_sampler(guided: bool) -> dict[str, Any]:
+  """`sampling` of FLUX.1-dev, which is fed a guidance scale, or of -schnell, which is not."""
+  if guided:
+    return {'num_steps': 28, 'guidance': 3.5, 'shift_mu': None}
+  return {'num_steps': 4, 'guidance': 0.0, 'shift_mu': 0.0}
 
 
 def _shift_mu(scheduler: Mapping[str, Any], path: pathlib.Path) -> float | None:

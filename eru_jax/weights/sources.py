@@ -102,6 +102,11 @@ class Weights:
     self._check(found)
     return found
 
+  def uncast(self) -> 'Weights':
+    """The same in the dtype of the files."""
+    stored = None if self.stored is None else dataclasses.replace(self.stored, cast=None)
+    return dataclasses.replace(self, stored=stored, cast=None)
+
   def is_rounded(self, pattern: str) -> bool:
     """Whether all kernels of the layers that a regular expression is found in are int8 already.
 
