@@ -1,6 +1,7 @@
 """The flags of a model that is asked over HTTP: --judge=URL, --judge_model=NAME and so on."""
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -17,7 +18,7 @@ class ChatFlags:
   name: str
   _holders: dict[str, flags.FlagHolder]
 
-  def value(self, option: str = ''):
+  def value(self, option: str = '') -> Any:
     """Of --judge with '', else of --judge_OPTION."""
     return self._holders[option].value
 
