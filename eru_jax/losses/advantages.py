@@ -37,7 +37,11 @@ def negative_part(r: jax.Array) -> jax.Array:
 
 
 def group_normalized(
-  rewards: jax.Array, *, std: str = 'batch', clip: float = math.inf
+  rewards: jax.Array,
+  *,
+  std: str = 'batch',
+  clip: float = math.inf,
+  known: jax.Array | None = None,
 ) -> jax.Array:
   """(reward - mean of its group) / standard deviation: better or worse than its siblings.
 
@@ -45,9 +49,10 @@ def group_normalized(
     rewards: (G, K).
     std: 'batch', of all rewards (DiffusionNFT's default), or 'group' (GRPO).
     clip: largest absolute value.
+    known: (G, K), 0 for rewards that do not count, else 1; None if all do.
 
   Returns:
-    Advantages (G, K) float32.
+    Advantages (G, K) float32, 0 where the reward does not count.
 
   Raises:
     UserError: if std is something else, or clip not positive.
@@ -57,9 +62,23 @@ def group_normalized(
   if not clip > 0:
     raise UserError(f'group_normalized: clip is {clip} but must be positive.')
   rewards = rewards.astype(jnp.float32)
-  centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
-  scale = jnp.std(rewards, axis=-1 if std == 'group' else None, keepdims=True)
+  where = None if known is None else known > 0
+  centred = rewards - _mean(rewards, -1, where)
+  axis = -1 if std == 'group' else None
+  if where is None:
+    scale = jnp.std(rewards, axis=axis, keepdims=True)
+  else:
+    scale = jnp.sqrt(_mean(jnp.square(rewards - _mean(rewards, axis, where)), axis, where))
+    centred = jnp.where(where, centred, 0)
   return jnp.clip(centred / (scale + _STD_FLOOR), -clip, clip)
+
+
+def _mean(values: jax.Array, axis: int | None, where: jax.Array | None) -> jax.Array:
+  """The mean of what counts, 0 of nothing; dimensions stay."""
+  if where is None:
+    return jnp.mean(values, axis=axis, keepdims=True)
+  total = jnp.sum(values, axis=axis, keepdims=True, where=where)
+  return total / jnp.maximum(jnp.sum(where, axis=axis, keepdims=True), 1)
 
 
 def probability(advantage: jax.Array, clip: float = 5.0) -> jax.Array:
@@ -94,15 +113,16 @@ def scale_positives(advantage: jax.Array, weight: float = 0.0) -> jax.Array:
   return jnp.where(advantage > 0, weight * advantage, advantage)
 
 
-def unsolved_groups(r: jax.Array, solved: float = 0.9) -> jax.Array:
+def unsolved_groups(r: jax.Array, solved: float = 0.9, known: jax.Array | None = None) -> jax.Array:
   """Weights that drop prompts which are right already: 0 where a group's mean r exceeds `solved`.
 
   Args:
     r: (G, K) optimality probabilities.
     solved: the largest mean of a group that is kept.
+    known: (G, K), 0 for those that do not count, else 1; None if all do.
 
   Returns:
     (G, K) float32 of zeros and ones. The shapes stay: compiled code cannot drop examples.
   """
-  kept = jnp.mean(r, axis=-1, keepdims=True) <= solved
+  kept = _mean(r, -1, None if known is None else known > 0) <= solved
   return jnp.broadcast_to(kept, r.shape).astype(jnp.float32)

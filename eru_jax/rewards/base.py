@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from eru_jax.data.emoji_knowledge import PairTable
 
@@ -26,4 +27,18 @@ class Reward:
 
   params: PyTree
   score: Callable[[PyTree, jax.Array, PyTree], jax.Array]
+  targets: Callable[[PairTable], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostReward:
+  """A judge of pictures that does not run in compiled code, and may fail on some of them.
+
+  Attributes:
+    score: (images, targets) -> scores (N,) float32, and (N,) float32 which is 1 where there is one
+      and 0 where not. Images are (N, H, W, 3) uint8 on all devices. Every process must call it.
+    targets: as of Reward, numpy arrays (N, ...).
+  """
+
+  score: Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]
   targets: Callable[[PairTable], PyTree]

@@ -370,7 +370,8 @@ class ExperimentConfig:
     if 'no_rl' in self.stages and self.no_rl.reward == 'emoji':
       raise UserError(
         "config: data.world is 'prompts', but no_rl.reward is 'emoji', the classifier of another "
-        "world: set it to 'sci_score' or 'clip_score' and no_rl.reward_model to a CLIP."
+        "world: set it to 'sci_score' or 'clip_score' and no_rl.reward_model to a CLIP, or to "
+        "'judge'."
       )
 
   def stage(self, name: str) -> StageConfig:

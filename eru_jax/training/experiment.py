@@ -292,7 +292,9 @@ def resolve(config: ExperimentConfig) -> ExperimentConfig:
   data = dataclasses.replace(config.data, **paths)
   adapter = absolute(config.adapter, NO_PATHS)
   paths = {name: absolute(getattr(config.no_rl, name), REWARD_NAMES) for name in REWARD_FILES}
-  no_rl = dataclasses.replace(config.no_rl, **paths)
+  judge = config.no_rl.judge
+  judge = dataclasses.replace(judge, instructions=absolute(judge.instructions, NO_PATHS))
+  no_rl = dataclasses.replace(config.no_rl, judge=judge, **paths)
   model = resolve_model(config.model)
   return dataclasses.replace(
     config,

@@ -205,6 +205,10 @@ def _stage(
     what, iterate.prepare, (policy, frozen, batch, key), {'parameters': (weights, policy)}, steps
   )
   examples = jax.eval_shape(iterate.prepare, policy, frozen, batch, key)[0]
+  if iterate.host is not None:
+    # Scores, and whether there are any.
+    found = jax.ShapeDtypeStruct((len(examples['images']),), jnp.float32)
+    examples = jax.eval_shape(iterate.rate, examples, (found, found))[0]
   parts = sharding.described(examples, sharding.split_second(mesh))
   index = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
   yield program('train_step', iterate.update, (state, frozen, parts, index, key), training, turns)

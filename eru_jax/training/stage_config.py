@@ -5,6 +5,7 @@ import math
 
 from eru_jax.errors import UserError
 from eru_jax.rewards.clip import SCORES
+from eru_jax.rewards.judge import JudgeConfig
 from eru_jax.training.checks import one_of, require
 from eru_jax.training.state import OptimizerConfig
 from eru_jax.training.variants import dk_dm as dk_dm_variants
@@ -253,9 +254,11 @@ class NoRlStageConfig(StageConfig):
   Attributes:
     variant: what is learnt from the pictures, see `variants.no_rl`; 'negative_only' is N1.
     reward: what judges pictures: 'emoji', the classifier of that world; 'clip_score' or 'sci_score'
-      of any picture against its pair's implicit prompt, see `rewards.clip`.
-    reward_model: for those two, the directory of a CLIPModel in the Hugging Face layout, or
-      'tiny_clip', a tiny random one.
+      of any picture against its pair's implicit prompt, see `rewards.clip`; or 'judge', a model
+      that is asked over HTTP, see `rewards.judge`.
+    judge: for the last: which, and how it is asked.
+    reward_model: for 'clip_score' and 'sci_score', the directory of a CLIPModel in the Hugging Face
+      layout, or 'tiny_clip', a tiny random one.
     reward_anchors: '' or a JSON Lines file that gives every prompt its own reward_low and
       reward_high, see `rewards.anchors`; the reward is then in [0, 1] already.
     reward_scale: 'absolute', between reward_low and reward_high, or 'group', against the other
@@ -294,6 +297,7 @@ class NoRlStageConfig(StageConfig):
 
   variant: str = 'negative_only'
   reward: str = 'emoji'
+  judge: JudgeConfig = JudgeConfig()
   reward_model: str = ''
   reward_anchors: str = ''
   reward_scale: str = 'absolute'
@@ -333,10 +337,14 @@ class NoRlStageConfig(StageConfig):
     require(
       self,
       variant=one_of(self.variant, no_rl_variants.VARIANTS),
-      reward=one_of(self.reward, ('emoji', *SCORES)),
+      reward=one_of(self.reward, ('emoji', 'judge', *SCORES)),
+      judge=(
+        bool(self.judge.url) == (self.reward == 'judge'),
+        "given its url and model for reward 'judge', and left out for others",
+      ),
       reward_model=(
-        bool(self.reward_model) == (self.reward != 'emoji'),
-        "the directory of a CLIPModel for 'clip_score' and 'sci_score', and '' for 'emoji'",
+        bool(self.reward_model) == (self.reward in SCORES),
+        "the directory of a CLIPModel for 'clip_score' and 'sci_score', and '' for others",
       ),
       reward_scale=one_of(self.reward_scale, no_rl_variants.REWARD_SCALES),
       advantage_clip=(self.advantage_clip > 0, 'positive'),
@@ -369,15 +377,15 @@ class NoRlStageConfig(StageConfig):
       reference_weight=(self.reference_weight >= 0, 'zero or more'),
       reward_high=(self.reward_high > self.reward_low, 'above reward_low'),
       reward_anchors=(
-        usual or not self.reward_anchors,
-        "'' if reward_low and reward_high are set, which it stands in for",
+        not self.reward_anchors or (usual and self.reward != 'judge'),
+        "'' if reward_low and reward_high are set, which it stands in for, and for a judge",
       ),
       behaviour_inertia=(self.behaviour_inertia >= 0, 'zero or more'),
       behaviour_cap=(0 <= self.behaviour_cap <= 1, 'in [0, 1]'),
       time_min=(0 <= self.time_min < self.time_max <= 1, 'below time_max, both in [0, 1]'),
     )
     absolute = self.reward_scale == 'absolute' or self.drop_solved
-    if usual and absolute and self.reward != 'emoji' and not self.reward_anchors:
+    if usual and absolute and self.reward in SCORES and not self.reward_anchors:
       raise UserError(
         f'NoRlStage config: {self.reward} runs to 100, so reward_low = 0 and reward_high = 1 would '
         'call every picture right: set both, or reward_anchors.'

@@ -21,6 +21,8 @@ PyTree = Any
 LossFn = Callable[[PyTree, PyTree, PyTree, jax.Array, jax.Array], tuple[jax.Array, dict]]
 # (policy params, frozen, batch, key) -> (examples, measurements)
 PrepareFn = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[PyTree, dict]]
+# (what was prepared, what the host found of it) -> (examples, measurements)
+RateFn = Callable[[PyTree, PyTree], tuple[PyTree, dict]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,9 @@ class StageProgram:
     prepare: turns a batch into training examples under the rollout policy, or None where the
       batch already is the examples. Its examples' leading axes must divide by
       updates_per_batch * accumulation.
+    host: what is done with the prepared batch on the host, and may take its time there; None for
+      nothing. Every process calls it, and returns the same numpy arrays.
+    rate: with `host`: makes the examples of what was prepared and what `host` returned.
     updates_per_batch: parameter updates made from one prepared batch.
     accumulation: microbatches whose gradients are averaged into one update.
     behaviour_rate: step -> weight with which the rollout policy moves to the parameters after
@@ -42,6 +47,8 @@ class StageProgram:
 
   loss: LossFn
   prepare: PrepareFn | None = None
+  host: Callable[[PyTree], PyTree] | None = None
+  rate: RateFn | None = None
   updates_per_batch: int = 1
   accumulation: int = 1
   behaviour_rate: Callable[[jax.Array], jax.Array] | None = None
@@ -53,22 +60,30 @@ class CompiledStage:
   """An iteration of several compiled functions; calling it runs them.
 
   Attributes:
-    prepare: (policy, frozen, batch, key) -> (examples by update, measurements).
+    prepare: (policy, frozen, batch, key) -> (examples by update, measurements); with `host`,
+      whatever it looks at instead of examples.
     update: (state, frozen, examples by update, index, key) -> (state, measurements).
     finish: state -> state.
     updates: how often `update` runs.
+    host: what was prepared -> what is found of it outside compiled code, or None.
+    rate: (what was prepared, what was found) -> (examples by update, measurements), or None.
   """
 
   prepare: Callable
   update: Callable
   finish: Callable
   updates: int
+  host: Callable | None = None
+  rate: Callable | None = None
 
   def __call__(
     self, state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array
   ) -> tuple[TrainState, dict]:
     roll_key, update_key = jax.random.split(jax.random.fold_in(key, state.step))
     parts, measurements = self.prepare(policy_of(state), frozen, batch, roll_key)
+    if self.host is not None:
+      parts, rated = self.rate(parts, self.host(parts))
+      measurements = {**measurements, **rated}
     history = []
     for index in range(self.updates):
       state, current = self.update(state, frozen, parts, index, update_key)
@@ -173,7 +188,13 @@ def compile_stage(
     return jax.jit(single, donate_argnums=0, **out)
 
   def prepare(policy, frozen, batch, key):
-    examples, measurements = program.prepare(policy, frozen, batch, key)
+    prepared, measurements = program.prepare(policy, frozen, batch, key)
+    if program.host is not None:
+      return prepared, measurements
+    return split_leading(prepared, program.updates_per_batch), measurements
+
+  def rate(prepared, found):
+    examples, measurements = program.rate(prepared, found)
     return split_leading(examples, program.updates_per_batch), measurements
 
   def update_part(state, frozen, parts, index, key):
@@ -185,4 +206,6 @@ def compile_stage(
     jax.jit(update_part, donate_argnums=0, **out),
     jax.jit(finish, donate_argnums=0, **out_state),
     program.updates_per_batch,
+    program.host,
+    jax.jit(rate),
   )

@@ -26,7 +26,10 @@ from eru_jax.training.mirror import Workdir
 from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
 
 # What may differ between the runs of one workdir, because no score depends on it.
-_FREE = ('title', 'wandb_project', 'mesh', 'watch', 'evaluation.diagnosis')
+_FREE = (
+  'title', 'wandb_project', 'mesh', 'watch', 'evaluation.diagnosis',
+  *(f'no_rl.judge.{name}' for name in ('timeout', 'attempts', 'concurrency', 'max_unscored')),
+)  # fmt: skip
 # What a run has achieved. A workdir without any of it belongs to nobody yet.
 _RESULTS = ('checkpoints', 'evaluations', 'metrics.jsonl', 'summary.json', 'model')
 # Key of config.json, beside the config: file -> SHA-256 of what it held when the run began.
@@ -65,7 +68,8 @@ def read_config(workdir: pathlib.Path) -> tuple[Any, dict[str, str]]:
 def _input_hashes(config: dict[str, Any]) -> dict[str, str]:
   found = {}
   paths = [config['adapter'], *(config['data'][name] for name in DATA_FILES)]
-  paths.append(config.get('no_rl', {}).get('reward_anchors', ''))
+  no_rl = config.get('no_rl', {})
+  paths += [no_rl.get('reward_anchors', ''), no_rl.get('judge', {}).get('instructions', '')]
   for path in paths:
     # Whoever reads it for its prompts can say better what is wrong with it.
     with contextlib.suppress(OSError):

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eru_jax import flow
+from eru_jax import distributed, flow
 from eru_jax.data import pipeline
 from eru_jax.errors import UserError
 from eru_jax.losses import policy_gradient
 from eru_jax.rewards.anchors import anchored, read_anchors
-from eru_jax.rewards.base import Reward
+from eru_jax.rewards.base import HostReward, Reward
 from eru_jax.rewards.clip import describe_clip_reward, load_clip_reward, read_clip_directory
 from eru_jax.rewards.emoji import EmojiReward
+from eru_jax.rewards.judge import check_judge, judge_reward
 from eru_jax.training.batches import Rows
 from eru_jax.training.config import model_path
 from eru_jax.training.experiment import Experiment, Snapshot, prepare_model
@@ -27,11 +28,13 @@ from eru_jax.training.variants import no_rl as variants
 
 
 def check_reward(config: NoRlStageConfig) -> None:
-  """Looks at the files that the reward will be read from, before hours of other stages.
+  """Looks at what the reward will need, before hours of other stages.
 
   Raises:
-    UserError: if one is missing or damaged.
+    UserError: if a file is missing or damaged, or a judge cannot judge.
   """
+  if config.reward == 'judge' and distributed.is_main():
+    check_judge(config.judge)
   if config.reward_model:
     prepare_model(config.reward_model)
     read_clip_directory(model_path(config.reward_model))
@@ -39,15 +42,21 @@ def check_reward(config: NoRlStageConfig) -> None:
     read_anchors(config.reward_anchors)
 
 
-def open_reward(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -> Reward:
+def open_reward(
+  experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig
+) -> Reward | HostReward:
   """Loads what `no_rl.reward` names, its parameters onto the mesh.
 
   The emoji classifier's targets are the pairs' classes, CLIP's the features of their implicit
-  prompts; those of explicit rollouts (`explicit_share`) are of the prompt that is drawn.
+  prompts; those of explicit rollouts (`explicit_share`) are of the prompt that is drawn. A judge's
+  are rows of all pairs.
 
   Raises:
     UserError: if a file is missing, damaged or of another model.
   """
+  if config.reward == 'judge':
+    splits = experiment.world.splits
+    return judge_reward(config.judge, [*splits['train'].pairs, *splits['explicit'].pairs])
   if config.reward == 'emoji':
     judge = EmojiReward(len(experiment.world.pictures.names))
     reward = Reward(snapshot.reward, judge, lambda table: table.index)
@@ -70,6 +79,8 @@ def open_reward(experiment: Experiment, snapshot: Snapshot, config: NoRlStageCon
 
 def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -> Stage:
   """The NO-RL stage; rollouts, reward and update all run in compiled code on one mesh.
+
+  All but the reward 'judge', which is asked between rollouts and updates, about whole iterations.
 
   Every picture is held against the implicit prompt of its pair, one of an explicit anchor against
   that anchor: see `open_reward`.
@@ -109,12 +120,14 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   variant, dynamics = variants.VARIANTS[config.variant], variants.dynamics(config)
   start = initial_trainable(experiment, snapshot)
 
+  on_host = config.reward == 'judge'
+
   def make_frozen():
     return {
       'backbone': snapshot.backbone,
       'reference': start,
       'autoencoder': snapshot.autoencoder,
-      'reward': reward().params,
+      'reward': None if on_host else reward().params,
     }
 
   def assemble(index):
@@ -143,7 +156,10 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     field = policy_field(frozen, policy)
 
     def draw(noise, prompts, answer, step_key):
-      """Examples of pictures, the picture that each is of, and the pictures' scores."""
+      """Examples of pictures, the picture that each is of, and the pictures' scores.
+
+      For a judge on the host, the pictures themselves.
+      """
       if variant.on_steps:
         x_0, steps, row = policy_gradient.sample_transitions(
           step_key, field, noise, schedule, prompts, dynamics, config.timesteps_per_image
@@ -158,6 +174,8 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
         row = jnp.arange(x_0.shape[0])
         examples = {'x_0': x_0}
       images = model.decode(frozen['autoencoder'], x_0)
+      if on_host:
+        return examples, row, jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
       return examples, row, reward().score(frozen['reward'], images, answer)
 
     drawn = (noise, prompts, batch['answer'])
@@ -173,8 +191,20 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
       row = row + size * jnp.arange(parts)[:, None]
       examples, row, score = joined_leading((examples, row, score))
     examples['text'] = unstacked(prompts, row) if variant.on_steps else prompts
+    if on_host:
+      return {'examples': examples, 'row': row, 'images': score, 'answer': batch['answer']}, {}
     examples |= unstacked(variants.ratings(score, config), row)
     return examples, {'reward': jnp.mean(score)}
+
+  def ask(prepared):
+    return reward().score(prepared['images'], prepared['answer'])
+
+  def rate(prepared, found):
+    """Examples of the pictures with what the host has found of them."""
+    score, known = found
+    rated = unstacked(variants.ratings(score, config, known), prepared['row'])
+    mean = jnp.sum(score * known) / jnp.maximum(jnp.sum(known), 1)
+    return prepared['examples'] | rated, {'reward': mean, 'unscored': 1 - jnp.mean(known)}
 
   def noised(examples, key):
     """Every picture at several noise levels."""
@@ -206,6 +236,8 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     program=StageProgram(
       loss,
       prepare=prepare,
+      host=ask if on_host else None,
+      rate=rate if on_host else None,
       updates_per_batch=config.updates_per_step,
       accumulation=config.accumulation,
       behaviour_rate=behaviour_rate,

@@ -51,7 +51,8 @@ class Examples:
     text: prompts.
     r: (B,) optimality probability of the picture.
     advantage: (B,) how much better than expected it is; negative where it is wrong.
-    weight: (B,) 0 for pictures of prompts that are solved, if those are dropped, else 1.
+    weight: (B,) 0 for pictures without a reward, and for those of prompts that are solved, if
+      these are dropped; else 1.
     x_0: (B, S, C) pictures, for variants that noise them again; else None.
     noise: (B, S, C) what they are noised with, or None.
     t: (B,) and how strongly, or None.
@@ -70,16 +71,34 @@ class Examples:
   old_log_prob: jax.Array | None = None
 
 
-def ratings(score: jax.Array, config: 'NoRlStageConfig') -> dict[str, jax.Array]:
-  """`r`, `advantage` and `weight` (N,) of rewards (N,), pictures of a prompt next to each other."""
+def ratings(
+  score: jax.Array, config: 'NoRlStageConfig', known: jax.Array | None = None
+) -> dict[str, jax.Array]:
+  """What rewards say of pictures, those of a prompt next to each other.
+
+  Args:
+    score: (N,) rewards.
+    config: their scale.
+    known: (N,), 0 where there is no reward, else 1; None if there is one for every picture.
+
+  Returns:
+    `r`, `advantage` and `weight`, (N,) each. A picture without a reward is neither right nor wrong,
+    weighs nothing, and does not count among those of its prompt.
+  """
   groups = score.reshape(-1, config.images_per_prompt)
+  known = None if known is None else known.reshape(groups.shape)
   r = advantages.optimality(groups, config.reward_low, config.reward_high)
-  weight = advantages.unsolved_groups(r) if config.drop_solved else jnp.ones_like(r)
+  weight = jnp.ones_like(r)
+  if config.drop_solved:
+    weight = advantages.unsolved_groups(r, known=known)
   if config.reward_scale == 'group':
-    advantage = advantages.group_normalized(groups, clip=config.advantage_clip)
+    advantage = advantages.group_normalized(groups, clip=config.advantage_clip, known=known)
     r = advantages.probability(advantage, config.advantage_clip)
   else:
     advantage = 2 * r - 1
+  if known is not None:
+    r, advantage = jnp.where(known > 0, r, 0.5), jnp.where(known > 0, advantage, 0)
+    weight = weight * known
   return {'r': r.reshape(-1), 'advantage': advantage.reshape(-1), 'weight': weight.reshape(-1)}
 
 

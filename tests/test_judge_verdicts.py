@@ -1,0 +1,342 @@
+"""Many pictures and a judge that is not always there: verdicts, their journal, and the summary."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from absl import flags
+from judge_server import (
+  JudgeServer,
+  after,
+  answers,
+  drops,
+  fails,
+  picture_of,
+  says,
+  sends,
+  text_of,
+)
+from PIL import Image
+
+from eru_jax.errors import UserError
+from eru_jax.judges import asking
+from eru_jax.judges.flags import define_chat
+from eru_jax.judges.protocols import PROTOCOLS
+from eru_jax.judges.summary import parse_price
+from eru_jax.judges.verdicts import Item, judge_name, judge_pictures, open_journal
+
+WISE, VERIFIED = PROTOCOLS['wise'], PROTOCOLS['wise_verified']
+
+
+def _items(count, level=None):
+  """Pictures of one grey level each, its own number."""
+  return [
+    Item(
+      f'id {n}',
+      np.full((8, 8, 3), n if level is None else level, np.uint8),
+      {'prompt': f'prompt {n}', 'explanation': 'why'},
+    )
+    for n in range(count)
+  ]
+
+
+def _third(request):
+  """The right verdict on such a picture: consistency is its level modulo 3."""
+  return {'consistency': int(picture_of(request)[0, 0, 0]) % 3, 'realism': 1, 'aesthetics': 2}
+
+
+def _scores(verdicts):
+  return [None if verdict.marks is None else verdict.marks['consistency'] for verdict in verdicts]
+
+
+def test_verdicts_come_in_order_from_a_pool_that_is_bounded():
+  slow_then_fast = [after(n, answers(_third)) for n in (0.6, 0.4, 0.3, *[0.02] * 9)]
+  with JudgeServer(*slow_then_fast) as server:
+    told = []
+    verdicts, summary = judge_pictures(
+      server.client(concurrency=3),
+      WISE,
+      _items(12),
+      price=(2.0, 10.0),
+      told=lambda *a: told.append(a),
+    )
+  assert [verdict.id for verdict in verdicts] == [f'id {n}' for n in range(12)]
+  assert _scores(verdicts) == [n % 3 for n in range(12)]
+  assert verdicts[4].score == pytest.approx((0.7 * 1 + 0.2 * 1 + 0.1 * 2) / 2)
+  assert server.most == 3 and len(server.requests) == 12
+  assert sorted(told) == [(n, 12) for n in range(1, 13)]
+  assert (summary.answered, summary.unanswered, summary.cached) == (12, 0, 0)
+  assert (summary.requests, summary.retries) == (12, 0)
+  assert (summary.prompt_tokens, summary.completion_tokens) == (1200, 120)
+  assert summary.cost == pytest.approx(1200 * 2e-6 + 120 * 10e-6)
+  text = summary.describe('scored')
+  assert text.startswith('12 of 12 scored; 12 requests (0 repeated)') and 'cost 0.0036' in text
+  asked = text_of(server.requests[0])
+  assert 'prompt ' in asked and 'why' in asked and '{prompt}' not in asked
+
+
+def test_bad_replies_are_asked_about_again_with_the_reason():
+  wrong = {'consistency': 3, 'realism': 0, 'aesthetics': 0}
+  with JudgeServer(says('hm'), says(wrong), answers(_third)) as server:
+    (verdict,), summary = judge_pictures(server.client(), WISE, _items(1))
+  assert verdict.marks['consistency'] == 0 and (summary.requests, summary.retries) == (3, 2)
+  assert summary.prompt_tokens == 300
+  first, second, third = (request['body']['messages'] for request in server.requests)
+  assert len(first) == 1 and second[0] == third[0] == first[0]
+  assert second[1] == {'role': 'assistant', 'content': 'hm'} and 'no JSON' in second[2]['content']
+  assert len(third) == 3 and 'not from 0 to 2' in third[2]['content']
+
+
+def test_what_stays_bad_is_unscored_and_never_zero():
+  acts = {
+    'id 0': says('I cannot.'),
+    'id 1': says({'consistency': 7, 'realism': 0, 'aesthetics': 0}),
+    'id 2': says('<think>so', finish='length'),
+    'id 3': fails(500, 'busy'),
+    'id 4': fails(400, 'too large'),
+    'id 5': drops,
+    'id 6': sends(b'nothing'),
+    'id 7': answers(_third),
+  }
+
+  def act(handler):
+    acts[f'id {picture_of(handler.request_seen)[0, 0, 0]}'](handler)
+
+  with JudgeServer(usual=act) as server:
+    verdicts, summary = judge_pictures(server.client(attempts=2), WISE, _items(8), price=(1, 1))
+  assert _scores(verdicts) == [None] * 7 + [1]
+  assert all(verdict.score is None for verdict in verdicts[:7])
+  reasons = [verdict.reason for verdict in verdicts]
+  wanted = [
+    'bad reply, 3 times: it is no JSON',
+    "bad reply, 3 times: 'consistency' is not from 0 to 2",
+    'bad reply, 3 times: it ends within the model’s thoughts, cut off at max_tokens',
+    'HTTP 500: busy (2 attempts)',
+    'refused with HTTP 400: too large',
+  ]
+  assert reasons[:5] == wanted and reasons[7] == ''
+  assert reasons[5].startswith('the connection failed (') and reasons[6].endswith('(2 attempts)')
+  # 3 of each bad reply, 2 of what may pass, 1 of what may not, and 1 that was right.
+  assert len(server.requests) == summary.requests == 3 * 3 + 3 * 2 + 1 + 1
+  assert summary.retries == summary.requests - 8
+  assert (summary.answered, summary.unanswered) == (1, 7) and sum(summary.reasons.values()) == 7
+  assert '1 not scored: refused with HTTP 400: too large' in summary.describe('scored')
+  # 1 right reply and 9 bad ones were paid for.
+  assert summary.prompt_tokens == 1000 and summary.cost == pytest.approx(1100e-6)
+
+
+def test_a_run_goes_on_where_it_ended_and_asks_nothing_twice(tmp_path):
+  path = tmp_path / 'out' / 'verdicts.jsonl'
+  with JudgeServer(usual=answers(_third)) as server:
+    client = server.client()
+    with open_journal(path) as journal:
+      judge_pictures(client, WISE, _items(5), journal)
+    with open_journal(path) as journal:
+      verdicts, summary = judge_pictures(client, WISE, _items(8), journal, price=(1.0, 1.0))
+      assert len(server.requests) == 8 and len(journal) == 8
+    assert [verdict.cached for verdict in verdicts] == [True] * 5 + [False] * 3
+    assert _scores(verdicts) == [n % 3 for n in range(8)]
+    assert (summary.cached, summary.answered, summary.requests) == (5, 8, 3)
+    assert (summary.prompt_tokens, summary.cached_prompt_tokens) == (300, 500)
+    assert (summary.cost, summary.cached_cost) == pytest.approx((330e-6, 550e-6))
+    # Another picture, prompt, model, protocol or setting is another question.
+    other = [
+      (client, WISE, _items(1, level=9)[0]),
+      (client, WISE, Item('id 0', _items(1)[0].picture, {'prompt': 'new', 'explanation': 'why'})),
+      (client, WISE, Item('id x', _items(1)[0].picture, _items(1)[0].values)),
+      (server.client(max_tokens=5), WISE, _items(1)[0]),
+    ]
+    for asked, protocol, item in other:
+      before = len(server.requests)
+      with open_journal(path) as journal:
+        for _ in range(2):
+          judge_pictures(asked, protocol, [item], journal)
+      assert len(server.requests) == before + 1
+    assert judge_name(client, WISE) != judge_name(client, VERIFIED)
+    # How it is asked does not matter, as long as what is asked is the same.
+    with open_journal(path) as journal:
+      judge_pictures(server.client(timeout=9.0, concurrency=1), WISE, _items(8), journal)
+    assert len(server.requests) == before + 1
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert rows[0].keys() == {'judge', 'id', 'image', 'text', 'reply', 'tokens', 'seconds', 'model'}
+
+
+def test_a_file_of_the_same_pixels_is_the_same_picture(tmp_path):
+  (item,) = _items(1)
+  Image.fromarray(item.picture).save(tmp_path / 'a.png')
+  Image.fromarray(item.picture).convert('RGBA').save(tmp_path / 'b.png', compress_level=0)
+  with JudgeServer(usual=answers(_third)) as server, open_journal(tmp_path / 'j') as journal:
+    for picture in (item.picture, tmp_path / 'a.png', str(tmp_path / 'b.png')):
+      judge_pictures(server.client(), WISE, [Item(item.id, picture, item.values)], journal)
+  assert len(server.requests) == 1
+
+
+def test_a_journal_torn_by_a_kill_is_mended(tmp_path):
+  path = tmp_path / 'verdicts.jsonl'
+  with JudgeServer(usual=answers(_third)) as server:
+    client = server.client(concurrency=1)
+    with open_journal(path) as journal:
+      judge_pictures(client, WISE, _items(4), journal)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    row = json.loads(lines[1])
+    # Half a line at the end; a reply that is none; a line that is no object.
+    bad = json.dumps(row | {'reply': '{"consistency": 9}'}).encode() + b'\n'
+    path.write_bytes(lines[0] + bad + b'[1]\n' + lines[2] + lines[3][:40])
+    for _ in range(2):
+      with open_journal(path) as journal:
+        verdicts, _ = judge_pictures(client, WISE, _items(4), journal)
+      assert _scores(verdicts) == [0, 1, 2, 0]
+      assert len(server.requests) == 4 + 2
+  added = path.read_bytes()
+  assert (
+    added.startswith(lines[0]) and added.endswith(b'}\n') and b'\n' + lines[3][:40] + b'\n' in added
+  )
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
+def test_what_was_judged_before_a_kill_is_there(tmp_path, how):
+  path = tmp_path / 'verdicts.jsonl'
+  code = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_judge_verdicts as t
+from eru_jax import commands
+from eru_jax.judges.chat import ChatClient
+from eru_jax.judges.settings import ChatConfig
+client = ChatClient(ChatConfig(sys.argv.pop(1), 'tiny-judge', concurrency=2))
+journal = t.open_journal(sys.argv.pop(1))
+commands.run(lambda: t.judge_pictures(client, t.WISE, t._items(30), journal))
+"""
+  environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
+  with JudgeServer(usual=after(0.05, answers(_third))) as server:
+    process = subprocess.Popen(
+      [sys.executable, '-c', code, server.url, str(path)], env=environment, stderr=subprocess.PIPE
+    )
+    while not path.is_file() or path.read_bytes().count(b'\n') < 5:
+      assert process.poll() is None
+      time.sleep(0.01)
+    server.usual = after(20, says('never'))
+    time.sleep(0.2)
+    began = time.monotonic()
+    process.send_signal(how)
+    _, printed = process.communicate(timeout=20)
+    # Not held up by requests that are on their way.
+    assert time.monotonic() - began < 5
+    if how == signal.SIGINT:
+      assert process.returncode == 130 and b'error: interrupted' in printed
+      assert b'Traceback' not in printed
+    kept = path.read_bytes().count(b'\n')
+    server.usual, before = answers(_third), len(server.requests)
+    with open_journal(path) as journal:
+      client = server.client()
+      assert len(journal) == kept >= 5
+      verdicts, _ = judge_pictures(client, WISE, _items(30), journal)
+    assert _scores(verdicts) == [n % 3 for n in range(30)]
+    # Asked at another time-out, but of the same judge.
+    assert len(server.requests) == before + 30 - kept
+
+
+def test_where_nobody_answers_the_rest_is_not_asked(tmp_path):
+  with JudgeServer(*[answers(_third)] * 3, usual=fails(400, 'no pictures, please')) as server:
+    with open_journal(tmp_path / 'j') as journal:
+      with pytest.raises(UserError, match='16 questions in a row.*no pictures, please') as caught:
+        judge_pictures(server.client(), WISE, _items(200), journal)
+      assert len(journal) == 3
+  assert '\n' not in str(caught.value)
+  assert 3 + asking.GIVE_UP <= len(server.requests) <= 3 + asking.GIVE_UP + 4
+  with JudgeServer(usual=fails(401)) as server:
+    with pytest.raises(UserError, match='HTTP 401'):
+      judge_pictures(server.client(), WISE, _items(200))
+  assert len(server.requests) <= 8
+
+
+def test_a_server_that_dies_and_comes_back_leaves_nothing_unscored():
+  with JudgeServer(usual=answers(_third)) as server:
+
+    def die(handler):
+      threading.Timer(0.0, server.stop).start()
+      threading.Timer(0.4, server.start).start()
+      drops(handler)
+
+    server.script = [answers(_third)] * 4 + [die]
+    client = server.client(attempts=12, first_wait=0.05, longest_wait=0.2)
+    verdicts, summary = judge_pictures(client, WISE, _items(20))
+  assert _scores(verdicts) == [n % 3 for n in range(20)]
+  assert summary.retries > 0
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path):
+  (tmp_path / 'bad.png').write_bytes(b'\x89PNG\r\n\x1a\nrest')
+  noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+  Image.fromarray(noise).save(tmp_path / 'cut.png')
+  (tmp_path / 'cut.png').write_bytes((tmp_path / 'cut.png').read_bytes()[:900])
+  values = {'prompt': 'p', 'explanation': 'e'}
+  with JudgeServer() as server:
+    for name in ('bad.png', 'cut.png', 'none.png', ''):
+      with pytest.raises(UserError, match='cannot be read'):
+        judge_pictures(server.client(), WISE, [Item('a', tmp_path / name, values)])
+    for array in (np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)):
+      with pytest.raises(UserError, match='must be \\(H, W, 3\\) uint8'):
+        judge_pictures(server.client(), WISE, [Item('a', array, values)])
+    with pytest.raises(UserError, match='has no explanation'):
+      judge_pictures(server.client(), WISE, [Item('a', array, {'prompt': 'p'})])
+    assert judge_pictures(server.client(), WISE, [])[0] == []
+  assert not server.requests
+
+
+def test_without_counted_tokens_there_is_no_cost():
+  with JudgeServer(usual=says({'correct': 1}, usage=None)) as server:
+    (verdict,), summary = judge_pictures(server.client(), VERIFIED, _items(1), price=(1.0, 1.0))
+  assert verdict.score == 1 and summary.cost is None and 'cost' not in summary.describe()
+  assert json.loads(json.dumps(summary.to_json()))['cost'] is None
+
+
+def test_a_journal_that_cannot_be_written_or_read_is_named(tmp_path):
+  with JudgeServer(usual=answers(_third)) as server:
+    (tmp_path / 'file').write_text('')
+    journal = open_journal(tmp_path / 'file2')
+    journal.path = tmp_path / 'file' / 'j'
+    with pytest.raises(UserError, match='cannot be written'):
+      judge_pictures(server.client(), WISE, _items(1), journal)
+  with pytest.raises(UserError, match='cannot be read'):
+    open_journal(tmp_path)
+
+
+@pytest.mark.parametrize('bad', ['1', 'a,b', '1,2,3', '-1,2', 'nan,1', ''])
+def test_prices_that_are_none_are_refused(bad):
+  with pytest.raises(UserError, match='must be two numbers IN,OUT'):
+    parse_price(bad)
+  assert parse_price('2.5, 10') == (2.5, 10.0)
+
+
+def test_flags(monkeypatch):
+  values = flags.FlagValues()
+  for name in ('string', 'integer', 'float'):
+    define = getattr(flags, f'DEFINE_{name}')
+    monkeypatch.setattr(
+      flags, f'DEFINE_{name}', lambda *a, define=define: define(*a, flag_values=values)
+    )
+  found = define_chat('judge', 'judges pictures')
+
+  def parsed(*arguments):
+    values.unparse_flags()
+    values(['x', *arguments])
+    return found
+
+  assert parsed().client() is None and found.price() is None
+  url = '--judge=http://localhost:8000/v1'
+  client = parsed(url, '--judge_model=m', '--judge_price=1,2', '--judge_timeout=9').client()
+  assert (client.config.model, client.config.timeout, found.price()) == ('m', 9.0, (1.0, 2.0))
+  with pytest.raises(UserError, match='no --judge_model=NAME'):
+    values['judge_model'].unparse()
+    parsed(url).client()
+  with pytest.raises(UserError, match='--judge_model is given, but no --judge=URL'):
+    values['judge'].unparse()
+    parsed('--judge_model=m').client()
