@@ -34,7 +34,7 @@ def column(*values):
   [((2, 2, 2), 1.0), ((0, 0, 0), 0.0), ((2, 1, 0), 0.8), ((1, 2, 1), 0.6), ((0, 2, 2), 0.3)],
 )
 def test_wi_score(marks, value):
-  score = dict(zip(('consistency', 'realism', 'aesthetic_quality'), marks, strict=True))
+  score = dict(zip(('consistency', 'realism', 'aesthetics'), marks, strict=True))
   assert wise.wi_score(score) == pytest.approx(value, abs=1e-12)
 
 
@@ -42,7 +42,7 @@ def test_wise_overall_by_hand():
   protocol = benchmark('wise').protocol('wise')
   asked = questions(['culture', 'culture', 'time', 'space', 'biology', 'physics', 'chemistry'])
   marks = [(2, 1, 0), (1, 1, 1), (0, 2, 1), (2, 2, 2), (1, 0, 0), (2, 0, 2), (0, 0, 0)]
-  keys = ('consistency', 'realism', 'aesthetic_quality')
+  keys = ('consistency', 'realism', 'aesthetics')
   values = protocol.values([dict(zip(keys, mark, strict=True)) for mark in marks])
   np.testing.assert_allclose(values, [0.8, 0.5, 0.25, 1.0, 0.35, 0.8, 0.0])
   told = aggregate(protocol, asked, values[:, None])
@@ -54,7 +54,7 @@ def test_wise_overall_by_hand():
 
 def test_unscored_pictures_are_left_out_and_counted_never_zero():
   protocol = benchmark('wise').protocol('wise')
-  whole = {'consistency': 2, 'realism': 2, 'aesthetic_quality': 2}
+  whole = {'consistency': 2, 'realism': 2, 'aesthetics': 2}
   broken = [
     None, {}, {'consistency': 2, 'realism': 2}, whole | {'realism': NAN}, whole | {'realism': '2'},
     whole | {'realism': None}, whole | {'realism': math.inf},
@@ -74,7 +74,7 @@ def test_unscored_pictures_are_left_out_and_counted_never_zero():
 def test_wise_verified_overall_by_hand():
   protocol = benchmark('wise_verified').protocol('wise_verified')
   names = ['culture'] * 4 + ['time', 'time', 'space', 'biology', 'physics', 'chemistry']
-  values = protocol.values([{'score': s} for s in (1, 1, 1, 0, 1, 0, 1, 0, 1, 1)])
+  values = protocol.values([{'correct': s} for s in (1, 1, 1, 0, 1, 0, 1, 0, 1, 1)])
   told = aggregate(protocol, questions(names), values[:, None])
   # 0.4 x 3/4 + 0.12 x (1/2 + 1 + 0 + 1 + 1)
   assert told['score'] == pytest.approx(0.3 + 0.42, abs=1e-12)

@@ -92,6 +92,7 @@ class Benchmark:
     protocols: scorer -> protocol; the first is what the benchmark was published with.
     images_per_prompt: pictures of each prompt that its authors draw.
     training: --data -> knowledge pairs to train on, or None where all is for testing.
+    edition: (split, questions that it has) -> which edition that is, or None where there is one.
     about: a sentence on what the numbers are, and what they are not.
   """
 
@@ -101,6 +102,7 @@ class Benchmark:
   protocols: Mapping[str, Protocol]
   images_per_prompt: int = 1
   training: Callable[[str], list[KnowledgePair]] | None = None
+  edition: Callable[[str, int], str] | None = None
   about: str = ''
 
   def protocol(self, scorer: str) -> Protocol:

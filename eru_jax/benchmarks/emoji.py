@@ -1,5 +1,6 @@
 """The emoji world's own questions: what the package ships, or a prompt file about it."""
 
+import pathlib
 from collections.abc import Sequence
 
 from eru_jax.benchmarks.base import CLIP_PROTOCOLS, Benchmark, Question, single
@@ -19,7 +20,7 @@ def read(data: str | None) -> list[Question]:
     UserError: for a bad file, or if the emoji packages are missing.
   """
   if data is not None:
-    return from_pairs(read_prompt_file(data))
+    return from_pairs(read_prompt_file(pathlib.Path(data).expanduser()))
   from eru_jax.data.emoji_knowledge import load_pairs  # takes seconds
   from eru_jax.files import cache_directory
 

@@ -164,10 +164,11 @@ BENCHMARKS = (
     read=read_questions,
     protocols={
       **CLIP_PROTOCOLS,
-      'science_t2i_v2': Protocol(('scene', 'reality'), reality, span=(0, 100), digits=1),
+      'science_t2i': Protocol(('scene', 'reality'), reality, span=(0, 100), digits=1),
     },
     images_per_prompt=2,
     training=read_training,
+    edition=edition,
     about='SciScore holds every picture against the implicit prompt, whatever it was drawn of; it '
     'is least reliable on absorption, buoyancy and immiscibility.',
   ),

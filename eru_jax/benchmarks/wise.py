@@ -35,10 +35,8 @@ _VERIFIED_WEIGHTS = {
 
 
 def wi_score(score: Mapping[str, float]) -> float:
-  """(0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2 of marks from 0 to 2: 0 to 1."""
-  return (
-    0.7 * score['consistency'] + 0.2 * score['realism'] + 0.1 * score['aesthetic_quality']
-  ) / 2
+  """(0.7 consistency + 0.2 realism + 0.1 aesthetics) / 2 of marks from 0 to 2: 0 to 1."""
+  return (0.7 * score['consistency'] + 0.2 * score['realism'] + 0.1 * score['aesthetics']) / 2
 
 
 def read_legacy(data: str | None) -> list[Question]:
@@ -136,7 +134,7 @@ BENCHMARKS = (
     read=read_legacy,
     protocols={
       'wise': Protocol(
-        ('consistency', 'realism', 'aesthetic_quality'), wi_score, _LEGACY_WEIGHTS, (0, 1), 3
+        ('consistency', 'realism', 'aesthetics'), wi_score, _LEGACY_WEIGHTS, (0, 1), 3
       ),
       **CLIP_PROTOCOLS,
     },
@@ -149,7 +147,7 @@ BENCHMARKS = (
     read=read_verified,
     protocols={
       'wise_verified': single(
-        'score', weights=_VERIFIED_WEIGHTS, span=(0, 1), digits=3, proportion=True
+        'correct', weights=_VERIFIED_WEIGHTS, span=(0, 1), digits=3, proportion=True
       ),
       **CLIP_PROTOCOLS,
     },
