@@ -328,8 +328,8 @@ def test_pairs_near_a_test_prompt_or_with_its_answer_are_dropped():
   assert (report.total, report.dropped) == (7, 5)
   assert report.example == ('A, B! C? D.', 'a b c d')
   assert report.lines() == [
-    'one: 3 pairs share half of their words with one of its prompts, 2 ask for the same thing',
-    'two: 0 pairs share half of their words with one of its prompts, 1 ask for the same thing',
+    'one: 3 pairs share 50% of the words of one of its prompts, 2 ask for the same thing',
+    'two: 0 pairs share 50% of the words of one of its prompts, 1 ask for the same thing',
     "such as 'A, B! C? D.', near 'a b c d'",
     '5 of 7 pairs dropped, 2 kept',
   ]

@@ -33,6 +33,7 @@ class Report:
     same: test set -> pairs with the answer of one of its questions.
     dropped: pairs that went, some for several reasons.
     example: (training prompt, test prompt) of the nearest that went, or None.
+    threshold: share of words from which two prompts were near.
   """
 
   total: int
@@ -41,12 +42,13 @@ class Report:
   same: Mapping[str, int]
   dropped: int
   example: tuple[str, str] | None
+  threshold: float
 
   def lines(self) -> list[str]:
     """For people: a line for each test set, and one for all."""
     told = [
-      f'{name}: {self.near[name]} pairs share half of their words with one of its prompts, '
-      f'{self.same[name]} ask for the same thing'
+      f'{name}: {self.near[name]} pairs share {self.threshold:.0%} of the words of one of its '
+      f'prompts, {self.same[name]} ask for the same thing'
       for name in self.near
     ]
     if self.example is not None:
@@ -150,4 +152,5 @@ def decontaminate(
     if clean:
       kept.append(pair)
   shown = example[1:] if example[0] else None
-  return Report(len(pairs), tuple(kept), near, same, len(pairs) - len(kept), shown)
+  dropped = len(pairs) - len(kept)
+  return Report(len(pairs), tuple(kept), near, same, dropped, shown, threshold)

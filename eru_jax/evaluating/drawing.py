@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from eru_jax.benchmarks.base import Question
+from eru_jax.data.digests import file_digest
 from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 from eru_jax.training.checksums import checksums
@@ -122,12 +123,21 @@ def settings_of(
 
 
 def source_stamp(source: str) -> str:
-  """A model directory by the names and sizes of its files; of 'scratch', that."""
+  """A model directory by the contents of its files; of 'scratch', that.
+
+  Names and sizes would not do: fine-tuned models have those of their base.
+
+  Raises:
+    UserError: if a file cannot be read.
+  """
   if source == 'scratch':
     return source
   root = model_path(source)
   files = sorted(path for path in root.rglob('*') if path.is_file())
-  named = [(str(path.relative_to(root)), path.stat().st_size) for path in files]
+  try:
+    named = [(str(path.relative_to(root)), file_digest(path)) for path in files]
+  except OSError as error:
+    raise UserError(f'{error.filename} cannot be read: {error.strerror or error}.') from error
   return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
