@@ -50,18 +50,30 @@ class Browser:
     self._write, self._read = to_browser[1], from_browser[0]
     self._buffer, self._serial, self._timeout = b'', 0, timeout
     self.events = []
-    target = self('Target.createTarget', url='about:blank', width=width, height=height)
     self._session = None
-    attached = self('Target.attachToTarget', targetId=target['targetId'], flatten=True)
-    self._session = attached['sessionId']
-    for domain in ('Page', 'Runtime', 'Network', 'Log'):
-      self(f'{domain}.enable')
+    try:
+      target = self('Target.createTarget', url='about:blank')
+      attached = self('Target.attachToTarget', targetId=target['targetId'], flatten=True)
+      self._session = attached['sessionId']
+      for domain in ('Page', 'Runtime', 'Network', 'Log'):
+        self(f'{domain}.enable')
+      self.resize(width, height)
+    except BaseException:
+      self.__exit__()
+      raise
+
+  def resize(self, width, height, dark=False):
+    """The size of the window, and whether it is night."""
+    size = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
+    self('Emulation.setDeviceMetricsOverride', **size)
+    scheme = {'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}
+    self('Emulation.setEmulatedMedia', features=[scheme])
 
   def __call__(self, method, **params):
     """Sends a command and returns its result."""
     self._serial += 1
     message = {'id': self._serial, 'method': method, 'params': params}
-    if getattr(self, '_session', None):
+    if self._session:
       message['sessionId'] = self._session
     os.write(self._write, json.dumps(message).encode() + b'\0')
     deadline = time.monotonic() + self._timeout
@@ -86,7 +98,7 @@ class Browser:
     """Opens a file and waits until it has put up its content."""
     self('Page.navigate', url='about:blank')
     self('Page.navigate', url=f'{path.absolute().as_uri()}{fragment}')
-    self.until("document.documentElement.dataset.ready === 'true'")
+    self.until("document.documentElement?.dataset.ready === 'true'")
 
   def run(self, expression):
     """The value of a JavaScript expression."""

@@ -15,7 +15,7 @@ from eru_jax.evaluating.scorers import Scorer
 from eru_jax.training.pictures import save_png
 
 HOSTILE = '</script><script>document.title="taken"</script><img src=x onerror=document.title=1>'
-COUNT = 60
+COUNT = 40
 
 
 def questions():
@@ -58,10 +58,19 @@ def evaluated(directory, protocol=None, values=None, edge=120, images=1):
 
 
 @pytest.fixture(scope='module')
-def gallery(tmp_path_factory):
-  directory = tmp_path_factory.mktemp('gallery')
-  made = evaluated(directory, values=lambda m, r: None if (m, r) == ('no_rl', 3) else
-                   (r + 10 * (m == 'dk_dm') + (20 - r) * (m == 'no_rl')))  # fmt: skip
+def made(tmp_path_factory):
+  """Under NO-RL all questions are worth 20, but the one that nobody scored."""
+
+  def value(model, row):
+    if model == 'no_rl':
+      return None if row == 3 else 20
+    return row + 10 * (model == 'dk_dm')
+
+  return evaluated(tmp_path_factory.mktemp('gallery'), values=value)
+
+
+@pytest.fixture(scope='module')
+def gallery(made):
   return write_gallery(made, results.collect(made))
 
 
@@ -105,18 +114,16 @@ def test_data_of_the_page(gallery):
   assert all(column[0][0] == '0' for column in shown['shown'])
 
 
-def test_large_evaluations_have_smaller_pictures(tmp_path, monkeypatch):
+def test_large_evaluations_have_smaller_pictures(made, monkeypatch):
   from eru_jax.evaluating import gallery as module
 
-  made = evaluated(tmp_path, edge=160)
   result = results.collect(made)
   whole = len(page(made, result))
   monkeypatch.setattr(module, '_LARGEST', 2 * COUNT * 3 * 100 * 100 * module._BYTES_PER_PIXEL)
   assert len(page(made, result)) < whole
 
 
-def test_a_page_without_scores(tmp_path):
-  made = evaluated(tmp_path)
+def test_a_page_without_scores(made):
   bare = Evaluated(**{**made.__dict__, 'protocol': None, 'scorer': None, 'scores': {}})
   html = page(bare, results.collect(bare))
   assert 'Nobody has scored these pictures' in html and 'Worst first' not in html
@@ -132,10 +139,10 @@ def test_the_worst_come_first_and_filters_combine(gallery, browser):
   browser.open(gallery, '#by=0&sort=worst')
   assert prompts(browser)[:3] == ['riddle 0', 'riddle 1', 'riddle 2']
   browser.open(gallery, '#by=0&sort=best&category=physics')
-  assert prompts(browser)[:3] == ['riddle 58', 'riddle 56', 'riddle 54']
-  assert browser.run("document.getElementById('count').textContent") == '31 of 60 prompts'
+  assert prompts(browser)[:3] == ['riddle 38', 'riddle 36', 'riddle 34']
+  assert browser.run("document.getElementById('count').textContent") == '21 of 40 prompts'
   browser.open(gallery, '#by=2&sort=loss&show=lost&subcategory=gravity')
-  assert prompts(browser)[:3] == ['riddle 57', 'riddle 54', 'riddle 51']
+  assert prompts(browser)[:3] == ['riddle 39', 'riddle 36', 'riddle 33']
   browser.open(gallery, '#show=unscored')
   assert prompts(browser) == ['riddle 3']
   browser.open(gallery, '#search=thing+ANSWER+12')
@@ -143,9 +150,10 @@ def test_the_worst_come_first_and_filters_combine(gallery, browser):
   browser.open(gallery, '#search=no+such+words')
   assert prompts(browser) == []
   assert not browser.run("document.getElementById('nothing').hidden")
-  # The last page of an unscored question is the end of every ranking, not its beginning.
-  browser.open(gallery, '#by=2&sort=best')
-  browser.until("document.querySelectorAll('.question').length < 60")
+  # An unscored question is the end of every ranking, not its beginning.
+  for order in ('worst', 'best', 'gain', 'loss'):
+    browser.open(gallery, f'#by=2&sort={order}&search=riddle+3')
+    assert prompts(browser)[-1] == 'riddle 3'
 
 
 def test_filters_can_be_used_and_are_kept_in_the_address(gallery, browser):
@@ -205,7 +213,7 @@ def test_everything_works_by_keyboard(gallery, browser):
   assert browser.run(f'{active}.id') == 'search'
   for letter in 'riddle 5':
     browser.press(letter)
-  assert prompts(browser)[:2] == ['riddle 5', 'riddle 50']
+  assert prompts(browser)[:2] == ['riddle 5', 'riddle 15']
   browser.press('Escape')
   browser.press('j')
   browser.press('j')
@@ -224,14 +232,14 @@ def test_everything_works_by_keyboard(gallery, browser):
   browser.press('ArrowLeft')
   assert browser.run(current) == 'NO-RL, explicit20.0'
   browser.press('ArrowDown')
-  assert browser.run("document.querySelector('#facts h3').textContent") == 'riddle 50'
+  assert browser.run("document.querySelector('#facts h3').textContent") == 'riddle 15'
   assert browser.run("document.querySelector('#facts a').getAttribute('href')") == (
-    'pictures/no_rl/explicit/50.png'
+    'pictures/no_rl/explicit/15.png'
   )
   browser.press('Escape')
   browser.until("!document.getElementById('picture').open")
   assert (
-    browser.run(f"{active}.closest('.question').querySelector('h3').textContent") == 'riddle 50'
+    browser.run(f"{active}.closest('.question').querySelector('h3').textContent") == 'riddle 15'
   )
 
 

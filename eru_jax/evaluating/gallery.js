@@ -259,6 +259,10 @@
   const refresh = () => {
     rows = chosenRows();
     made = 0;
+    // Few columns leave room for large pictures.
+    const across = visible().length;
+    const width = data.small ? 8 : across <= 3 ? 15 : across <= 5 ? 12 : 10;
+    list.style.setProperty('--picture', `${width}rem`);
     near.disconnect();
     list.replaceChildren();
     more();

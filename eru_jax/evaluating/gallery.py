@@ -281,7 +281,7 @@ def _tools(evaluated: 'Evaluated', columns: Sequence[tuple[str, str]]) -> str:
     parts.append(_select('show', 'Show', shown))
   parts.append(_select('sort', 'Order', orders))
   by = [(str(index), label) for index, label in enumerate(labels)]
-  parts.append(_select('by', 'Gone by', by, chosen, hidden=not scored))
+  parts.append(_select('by', 'Ranked by', by, chosen, hidden=not scored))
   depth = 1 + max((p.k for found in evaluated.pictures.values() for p in found), default=0)
   if depth > 1:
     parts.append(_select('k', 'Picture', [(str(k), f'{k + 1} of {depth}') for k in range(depth)]))

@@ -1,6 +1,6 @@
 """The numbers at the top of `gallery.html`: a card for each model, and a table by category."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eru_jax.benchmarks.base import Protocol
@@ -36,11 +36,9 @@ def summary(evaluated: 'Evaluated', result: Mapping[str, Any]) -> str:
   parts.append(f'<div class="models">{cards}</div>')
   tables = {'': result['stages'], **result.get('splits', {})}
   for split, models in tables.items():
-    name = f'Set {split}' if split else 'By category'
-    opened = '' if split else ' open'
+    name = f'Set {split}, by category' if split else 'By category'
     parts.append(
-      f'<details{opened}><summary>{text(name)}</summary>'
-      f'{_table(evaluated.protocol, models, split)}</details>'
+      f'<details><summary>{text(name)}</summary>{_table(evaluated, models, split)}</details>'
     )
   return ''.join(parts)
 
@@ -62,73 +60,79 @@ def _card(evaluated: 'Evaluated', result: Mapping[str, Any], model: str) -> str:
   protocol, conditions = evaluated.protocol, result['stages'][model]
   main = 'implicit' if 'implicit' in conditions else next(iter(conditions))
   told = conditions[main]
-  rows = [(f'{name} prompts', shown(protocol, one['score'])) for name, one in conditions.items()
-          if name != main]  # fmt: skip
-  rows = [(name, text(value)) for name, value in rows]
+  rows = [
+    (f'{name} prompts', _shown(protocol, one['score']))
+    for name, one in conditions.items()
+    if name != main
+  ]
   for one in result['comparisons']:
     against = one['against']
     if one['model'] != model or one['condition'] != main:
       continue
-    what = title_of(against['model'])
-    if against['condition'] != main:
-      what += f'’s {against["condition"]}'
-    rows.append((f'against {what}', _difference(protocol, one)))
+    what, same = title_of(against['model']), against['condition'] == main
+    if not same:
+      what += f'’s {against["condition"]} prompts'
+    rows.append((f'against {what}', _difference(protocol, one, same)))
   found = result['ratios'].get(model, {})
   if 'ri' in found:
-    rows.append(('of the base’s gap closed', f'{100 * found["ri"]["value"]:.0f} %'))
+    rows.append(('RI: of the base’s gap closed', f'{100 * found["ri"]["value"]:.0f} %'))
   if 'nd' in found:
-    rows.append(('superficial to explicit', f'{100 * found["nd"]["value"]:.0f} %'))
+    rows.append(('ND: from superficial to explicit', f'{100 * found["nd"]["value"]:.0f} %'))
   inner = ''.join(f'<dt>{text(name)}</dt><dd>{value}</dd>' for name, value in rows)
   extent = _range(protocol, told)
   if told['score'] is None and told.get('missing'):
     extent = text(f'no overall score without {", ".join(told["missing"])}')
   return (
     f'<section class="model"><h3>{text(title_of(model))}, {text(main)} prompts</h3>'
-    f'<div class="big">{text(shown(protocol, told["score"]))}</div>'
+    f'<div class="big">{_shown(protocol, told["score"])}</div>'
     f'<div class="range">{extent}</div>{f"<dl>{inner}</dl>" if inner else ""}</section>'
   )
 
 
-def _difference(protocol: Protocol, one: Mapping[str, Any]) -> str:
+def _difference(protocol: Protocol, one: Mapping[str, Any], coloured: bool) -> str:
   kind = ''
-  if one['p'] < _SIGNIFICANT:
+  if coloured and one['p'] < _SIGNIFICANT:
     kind = 'up' if one['difference'] > 0 else 'down'
-  low, high = (shown(protocol, bound, True) for bound in one['ci95'])
+  low, high = (_shown(protocol, bound, True) for bound in one['ci95'])
   hint = f'95 % interval {low} to {high}, p = {one["p"]:.2g}, {one["n"]} prompts'
-  value = shown(protocol, one['difference'], True)
-  return f'<span class="{kind}" title="{text(hint)}">{text(value)}</span>'
+  value = _shown(protocol, one['difference'], True)
+  return f'<span class="{kind}" title="{text(hint)}">{value}<small>{low} to {high}</small></span>'
 
 
 def _range(protocol: Protocol, told: Mapping[str, Any]) -> str:
   parts = []
   if told['ci95']:
     low, high = (shown(protocol, bound) for bound in told['ci95'])
-    parts.append(f'95 %: {low} to {high}')
+    parts.append(f'95 %: {low} to {high}'.replace('-', '−'))
   parts.append(f'{told["n"]} pictures')
   if told['unscored']:
     parts.append(f'{told["unscored"]} unscored')
   return text(', '.join(parts))
 
 
-def _table(protocol: Protocol, models: Mapping[str, Mapping[str, Any]], split: str) -> str:
-  """Categories and kinds by model and condition."""
+def _table(evaluated: 'Evaluated', models: Mapping[str, Mapping[str, Any]], split: str) -> str:
+  """Categories, each with its kinds, by model and condition."""
   columns = [(model, condition) for model, found in models.items() for condition in found]
   head = ''.join(
     f'<th scope="col">{text(title_of(model))}<br>{text(condition)}</th>'
     for model, condition in columns
   )
-  rows = [('All', '', 'overall')]
-  for kind in ('categories', 'subcategories'):
-    names = dict.fromkeys(name for m, c in columns for name in models[m][c][kind])
-    rows += [(name, 'finer' if kind == 'subcategories' else '', kind) for name in names]
-  body = ''
-  for name, style, kind in rows:
-    cells = ''
-    for model, condition in columns:
-      told = models[model][condition]
-      one = told if kind == 'overall' else told[kind].get(name)
-      cells += '<td>–</td>' if one is None else _cell(protocol, one)
-    body += f'<tr class="{style}"><th scope="row">{text(name)}</th>{cells}</tr>'
+  kinds: dict[str, list[str]] = {}
+  for question in evaluated.questions:
+    if question.split == split or not split:
+      mine = kinds.setdefault(question.category, [])
+      if question.subcategory and question.subcategory not in mine:
+        mine.append(question.subcategory)
+  body = _row(evaluated.protocol, 'All', '', [models[m][c] for m, c in columns])
+  told = set()
+  for category, names in kinds.items():
+    parts = [models[m][c]['categories'].get(category) for m, c in columns]
+    body += _row(evaluated.protocol, category, '', parts)
+    for name in names:
+      if name not in told:  # a kind of two categories is told once
+        told.add(name)
+        parts = [models[m][c]['subcategories'].get(name) for m, c in columns]
+        body += _row(evaluated.protocol, name, 'finer', parts)
   caption = f'Scores with 95 % intervals{f", set {split}" if split else ""}'
   return (
     f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table>'
@@ -137,7 +141,26 @@ def _table(protocol: Protocol, models: Mapping[str, Mapping[str, Any]], split: s
   )
 
 
+def _row(
+  protocol: Protocol, name: str, style: str, parts: Sequence[Mapping[str, Any] | None]
+) -> str:
+  counts = {part['n'] + part['unscored'] for part in parts if part}
+  pictures = f'<small>{max(counts)} pictures</small>' if counts else ''
+  cells = ''.join('<td>–</td>' if part is None else _cell(protocol, part) for part in parts)
+  return f'<tr class="{style}"><th scope="row">{text(name)}{pictures}</th>{cells}</tr>'
+
+
 def _cell(protocol: Protocol, told: Mapping[str, Any]) -> str:
-  return (
-    f'<td><b>{text(shown(protocol, told["score"]))}</b><small>{_range(protocol, told)}</small></td>'
-  )
+  notes = []
+  if told['ci95']:
+    low, high = (_shown(protocol, bound) for bound in told['ci95'])
+    notes.append(f'{low} to {high}')
+  if told['unscored']:
+    notes.append(f'{told["unscored"]} unscored')
+  score = _shown(protocol, told['score'])
+  return f'<td><b>{score}</b><small>{", ".join(notes)}</small></td>'
+
+
+def _shown(protocol: Protocol, value: float | None, sign: bool = False) -> str:
+  """A score for HTML, with a minus that is one."""
+  return text(shown(protocol, value, sign)).replace('-', '−')
