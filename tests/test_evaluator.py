@@ -411,3 +411,60 @@ def test_what_is_for_testing_becomes_no_training_pair(tmp_path, capsys):
   mine.write_text('{"implicit": "a", "explicit": "b"}\n')
   with pytest.raises(UserError, match='--held_out=wise: give NAME=DIR'):
     convert(None, None, str(mine), ['wise'], 0.5, str(output))
+
+
+# Scorers of the package
+
+
+def test_clip_scores_are_those_of_the_reward_whatever_the_batch(tmp_path, monkeypatch):
+  import jax.numpy as jnp
+
+  from eru_jax.evaluating.scorers import open_scorer
+  from eru_jax.rewards.clip import load_clip_reward
+  from eru_jax.training.config import model_path
+
+  monkeypatch.setenv('ERU_JAX_CACHE', str(tmp_path))
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (3, 40, 56, 3), np.uint8)
+  asked = [
+    Question(str(i), 'c', {'implicit': f'prompt {i % 2}', 'explicit': 'x'}) for i in range(3)
+  ]
+  for name in ('sci_score', 'clip_score'):
+    scorer = open_scorer(name, 'tiny_clip', asked, 'here', None)
+    found = [score[name] for score in scorer.score(images, asked)]
+    alone = [scorer.score(images[i : i + 1], asked[i : i + 1])[0][name] for i in range(3)]
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
+    reward = load_clip_reward(model_path('tiny_clip'), name)
+    # The text is the implicit prompt, and the picture what the file holds.
+    text = reward.text_features([question.implicit for question in asked])
+    expected = reward.score(reward.params, jnp.asarray(images, jnp.float32) / 255, text)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  assert len(set(np.round(found, 4))) == 3
+  other = open_scorer('clip_score', 'tiny_clip', asked, 'here', None)
+  assert (
+    other.identity
+    == scorer.identity
+    != open_scorer('sci_score', 'tiny_clip', asked, 'here', None).identity
+  )
+
+
+def test_pictures_of_several_sizes_are_scored_in_calls_of_their_own(studio, tmp_path):
+  data, calls = write_wise(tmp_path / 'WISE'), []
+  run(data, tmp_path / 'out', scorer='none', conditions=('implicit',), stages=('base',))
+  for index, path in enumerate(sorted((tmp_path / 'out').rglob('*.png'))):
+    if index % 3 == 0:
+      Image.new('RGB', (24, 8), (0, 0, 1)).save(path)
+  marks = ('consistency', 'realism', 'aesthetics')
+
+  def score(images, questions):
+    calls.append((images.shape, [question.id for question in questions]))
+    return [dict.fromkeys(marks, 2.0 * (image.shape[0] == 8)) for image in images]
+
+  request = EvaluationRequest(
+    ('m',), str(tmp_path / 'out'), 'wise', str(data), conditions=('implicit',), stages=('base',)
+  )
+  evaluate(request, Scorer('wise', 'sizes', score))
+  assert sorted(shape for shape, _ in calls) == [(5, 8, 24, 3), (8, 16, 16, 3)]
+  rows = list(csv.DictReader((tmp_path / 'out' / 'pictures.csv').open()))
+  small = next(ids for shape, ids in calls if shape[1] == 8)
+  assert {row['id'] for row in rows if float(row['value']) > 0.5} == set(small)
