@@ -6,6 +6,7 @@ Models are stood in for: what a picture shows is made of its prompt, its noise a
 import csv
 import dataclasses
 import json
+import os
 import types
 import zlib
 
@@ -201,7 +202,11 @@ def test_a_killed_evaluation_goes_on_where_it_was(studio, tmp_path):
   times = [path.stat().st_mtime_ns for path in kept]
   assert not list(tmp_path.rglob('*.tmp'))
   studio.drawn, studio.stop_after = [], None
+  half = tmp_path / 'out' / 'pictures' / 'base' / 'implicit' / '1.png.77-ab.tmp'
+  half.touch()
+  os.utime(half, (0, 0))
   result = run(data, tmp_path / 'out', wise_judge())
+  assert not half.exists()
   assert [path.stat().st_mtime_ns for path in kept] == times
   assert {d[1:] for d in studio.drawn if d[1] == 'base'} == {
     d[1:] for d in whole if d[1] == 'base' and d[2] not in

@@ -7,11 +7,13 @@ A picture's start noise depends on (seed, benchmark, question, k) only: it is th
 model and condition, and whatever else is drawn.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 import re
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -182,6 +184,7 @@ def draw_missing(
     [zlib.crc32(f'{questions[p.row].id}/{p.k}'.encode()) for p in left], np.uint32
   )
   done = len(pictures) - len(left)
+  _remove_debris(directory)
   with Progress(len(pictures), f'{model}: pictures', done) as progress:
     for start in range(0, len(left), size):
       part = left[start : start + size]
@@ -198,6 +201,14 @@ def draw_missing(
       done += len(part)
       progress.update(done)
   return len(left)
+
+
+def _remove_debris(directory: pathlib.Path) -> None:
+  """Removes what killed evaluations left half-written; an hour is far longer than writing takes."""
+  for path in directory.rglob('*.tmp'):
+    with contextlib.suppress(OSError):
+      if time.time() - path.stat().st_mtime > 3600:
+        path.unlink()
 
 
 def _read(directory: pathlib.Path) -> dict[str, Any]:
