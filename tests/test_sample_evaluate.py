@@ -13,15 +13,22 @@ from PIL import Image
 from test_commands import refusal
 
 from eru_jax.errors import UserError
-from eru_jax.training import evaluation, experiment, gallery, sampling, scoring
+from eru_jax.evaluating import drawing, models
+from eru_jax.evaluating.evaluator import evaluate as run_evaluation
+from eru_jax.evaluating.request import EvaluationRequest
+from eru_jax.training import evaluation, experiment, gallery, sampling
 from eru_jax.training.sampling import SampleRequest, sample
-from eru_jax.training.scoring import score_prompt_file
 
 STAGES = ['base', 'dk_dm', 'no_rl']
 
 
 def draw(model, output, *prompts, **options):
   return sample(SampleRequest(str(model), str(output), prompts=prompts, **options))
+
+
+def score_prompt_file(model, prompts, output, seed, **options):
+  """What --prompts does."""
+  return run_evaluation(EvaluationRequest((model,), output, data=prompts, seed=seed, **options))
 
 
 def pictures(directory):
@@ -319,17 +326,24 @@ def mine(tmp_path_factory):
 def test_evaluate_counts_every_stage_from_the_same_noise(tiny_run, mine, tmp_path, monkeypatch):
   noises = []
 
-  def spy(experiment, snapshot, judge, prompts, noise, draw=scoring.draw):
-    noises.append(np.asarray(noise))
+  def spy(experiment, snapshot, judge, prompts, noise, draw=drawing.draw):
+    noises.append((list(prompts), np.asarray(noise)))
     return draw(experiment, snapshot, judge, prompts, noise)
 
-  monkeypatch.setattr(scoring, 'draw', spy)
+  monkeypatch.setattr(drawing, 'draw', spy)
   result = score_prompt_file(str(tiny_run), str(mine), str(tmp_path / 'out'), seed=3)
   assert json.loads((tmp_path / 'out' / 'evaluation.json').read_text()) == result
   assert list(result['stages']) == STAGES
-  # Both forms of a prompt, at every stage, begin with one and the same noise.
-  assert len(noises) == 6 and noises[0].shape == (3, 16, 64)
-  assert all((noise == noises[0]).all() for noise in noises)
+  # Both forms of a prompt, at every stage, begin with one and the same noise; in batches of four,
+  # of which the last is filled up.
+  assert len(noises) == 6 and noises[0][1].shape == (4, 16, 64)
+  asked = [(p['implicit'], p['explicit']) for p in result['pairs']]
+  for first, second in zip(noises[::2], noises[1::2], strict=True):
+    assert first[0] == [i for i, _ in asked] + [asked[0][1]]
+    assert second[0] == [asked[1][1], asked[2][1]] * 2
+    for noise, same in ((first[1][:3], noises[0][1][:3]), (first[1][3], noises[0][1][0])):
+      assert (noise == same).all()
+    assert (second[1][:2] == noises[0][1][1:3]).all()
   names = ['cat', 'butterfly', 'cat']
   assert [pair['id'] for pair in result['pairs']] == ['mine:1', 'mine:2', 'mine:3']
   for stage in STAGES:
@@ -356,7 +370,7 @@ def test_evaluate_refuses_names_the_judge_does_not_know(tiny_run, tmp_path):
 def test_evaluate_refuses_what_it_cannot_score_before_it_draws(
   tiny_model_dir, mine, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(scoring, 'draw', lambda *unused: pytest.fail('drawn'))
+  monkeypatch.setattr(drawing, 'draw', lambda *unused: pytest.fail('drawn'))
   model = tmp_path / 'model'
   shutil.copytree(tiny_model_dir, model)
   settings = json.loads((model / 'eru_jax.json').read_text())
@@ -364,7 +378,7 @@ def test_evaluate_refuses_what_it_cannot_score_before_it_draws(
   with pytest.raises(UserError, match='draws pictures of 32 x 32 .* knows those of 64 x 64 only'):
     score_prompt_file(str(model), str(mine), str(tmp_path / 'out'), seed=0)
   assert not (tmp_path / 'out').exists()
-  monkeypatch.setattr(scoring, 'open_model', lambda *unused: pytest.fail('loaded'))
+  monkeypatch.setattr(models, 'open_model', lambda *_, **__: pytest.fail('loaded'))
   for output in (mine, mine / 'out'):
     with pytest.raises(UserError, match=f'written to {output}: Not a directory. Choose another'):
       score_prompt_file('emoji_base', str(mine), str(output), seed=0)

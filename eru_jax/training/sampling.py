@@ -20,6 +20,7 @@ from eru_jax.data.pairs import read_lines, read_prompt_file
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
 from eru_jax.files import check_directory, replace_file
+from eru_jax.models.registry import DiffusionModel
 from eru_jax.training.config import ExperimentConfig, SamplingConfig
 from eru_jax.training.evaluation import draw, judge_of, start_noise
 from eru_jax.training.experiment import with_adapters
@@ -123,7 +124,7 @@ def _strengths(request: SampleRequest) -> list[float]:
   return list(given) * (count // len(given))
 
 
-def _sampler(request: SampleRequest, own: SamplingConfig, embedded: bool) -> SamplingConfig:
+def _sampler(request: Any, own: SamplingConfig, embedded: bool) -> SamplingConfig:
   """The model's sampler with what the flags change.
 
   Args:
@@ -150,6 +151,34 @@ def _sampler(request: SampleRequest, own: SamplingConfig, embedded: bool) -> Sam
     else:
       changes['cfg_scale'] = request.guidance
   return dataclasses.replace(own, **{k: v for k, v in changes.items() if v is not None})
+
+
+def overridden(request: Any, config: ExperimentConfig) -> tuple[dict[str, Any], DiffusionModel]:
+  """What the flags change of how a model draws.
+
+  Args:
+    request: has steps, guidance, cfg_scale, height, width, dtype and batch_size, None where the
+      model's own is to stay.
+    config: what the model is drawn with by itself.
+
+  Returns:
+    Overrides for `restore.open_model`, and the model, without parameters, of the size to draw.
+
+  Raises:
+    UserError: if a value is out of range, or two flags set the same scale.
+  """
+  overrides: dict[str, Any] = {}
+  if request.dtype is not None:
+    params = 'int8' if config.model.params == 'int8' else request.dtype
+    overrides['model'] = dataclasses.replace(config.model, dtype=request.dtype, params=params)
+  if request.batch_size is not None:
+    evaluation = dataclasses.replace(config.evaluation, batch_size=request.batch_size)
+    overrides['evaluation'] = evaluation
+  model = described(config)
+  guided = getattr(model.backbone.config, 'guidance_embeds', False)
+  overrides['sampling'] = _sampler(request, config.sampling, guided)
+  size = (request.height or model.height, request.width or model.width)
+  return overrides, dataclasses.replace(model, height=size[0], width=size[1])
 
 
 def _skipped_steps(steps: int, strength: float) -> int:
@@ -207,19 +236,9 @@ def sample(request: SampleRequest) -> pathlib.Path:
   noise = None if request.latents is None else _read_noise(request.latents)
   config, workdir = read_config(request.model)
   _check_stage(request.stage, config, workdir)
-  overrides: dict[str, Any] = {}
-  if request.dtype is not None:
-    params = 'int8' if config.model.params == 'int8' else request.dtype
-    overrides['model'] = dataclasses.replace(config.model, dtype=request.dtype, params=params)
-  if request.batch_size is not None:
-    evaluation = dataclasses.replace(config.evaluation, batch_size=request.batch_size)
-    overrides['evaluation'] = evaluation
   # Encoders and weights take minutes to read: what headers tell of a mistake is told before.
-  model = described(config)
-  guided = getattr(model.backbone.config, 'guidance_embeds', False)
-  sampling = _sampler(request, config.sampling, guided)
-  size = (request.height or model.height, request.width or model.width)
-  model = dataclasses.replace(model, height=size[0], width=size[1])
+  overrides, model = overridden(request, config)
+  size = (model.height, model.width)
   drawn = [prompt for prompt in prompts for _ in range(request.num_images)]
   shape = (len(drawn), *model.latent_shape)
   if noise is not None and noise.shape != shape:
@@ -230,14 +249,12 @@ def sample(request: SampleRequest) -> pathlib.Path:
   picture = None
   if request.image is not None:
     picture = read_image(request.image, *size, where='--image')
-    _skipped_steps(sampling.num_steps, strength)
+    _skipped_steps(overrides['sampling'].num_steps, strength)
   adapters = list(zip(request.lora, _strengths(request), strict=True))
   for path, _ in adapters:
     check_lora(path, model.backbone.config)
   enable_compilation_cache()
-  experiment, snapshot, workdir = open_model(
-    request.model, prompts, request.mesh, sampling=sampling, **overrides
-  )
+  experiment, snapshot, workdir = open_model(request.model, prompts, request.mesh, **overrides)
   reached = dict(snapshots(experiment, snapshot, workdir))
   if not reached:
     raise UserError(

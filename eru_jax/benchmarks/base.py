@@ -1,0 +1,196 @@
+"""What a benchmark is: questions, the conditions they are asked under, and what scores count."""
+
+import dataclasses
+import functools
+import importlib
+import math
+import numbers
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eru_jax.data.pairs import KnowledgePair
+from eru_jax.errors import UserError
+
+# In the order in which they are told.
+CONDITIONS = ('implicit', 'explicit', 'superficial')
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One thing that a picture is asked for, in several ways.
+
+  Attributes:
+    id: unique within a benchmark; pictures are named by it.
+    category: what scores are grouped and weighted by.
+    prompts: condition -> prompt. 'implicit' is always there: it is what pictures are held against,
+      whatever prompt they were drawn of.
+    subcategory: a finer group, such as the law of nature; may be ''.
+    split: the set that it belongs to, such as 'S' of Science-T2I; may be ''.
+    explanation: what a right picture shows, for a judge; may be ''.
+    rubric: further texts for a judge by name, such as 'scene' and 'reality'.
+  """
+
+  id: str
+  category: str
+  prompts: Mapping[str, str]
+  subcategory: str = ''
+  split: str = ''
+  explanation: str = ''
+  rubric: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def implicit(self) -> str:
+    return self.prompts['implicit']
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """How what a scorer says of a picture becomes the benchmark's number.
+
+  Attributes:
+    keys: numbers that a score must have; without one of them the picture counts as unscored.
+    value: score -> the picture's value.
+    weights: category -> its share of the overall score, which is then the weighted sum of the
+      categories' means, and missing while a category has no scored picture; None makes it the
+      mean of all pictures.
+    span: least and greatest value, or None for each that has no bound; for people's eyes only.
+    digits: decimal places that people are shown.
+    percent: whether people are shown percent.
+    proportion: whether each value is 0 or 1, so that intervals are Wilson's where pictures are
+      independent.
+  """
+
+  keys: tuple[str, ...]
+  value: Callable[[Mapping[str, float]], float]
+  weights: Mapping[str, float] | None = None
+  span: tuple[float | None, float | None] = (None, None)
+  digits: int = 2
+  percent: bool = False
+  proportion: bool = False
+
+  def values(self, scores: Sequence[Mapping[str, float] | None]) -> np.ndarray:
+    """Values (N,) of pictures, NaN for those without a whole score."""
+    return np.array([self._one(score) for score in scores], np.float64)
+
+  def _one(self, score: Mapping[str, float] | None) -> float:
+    if score is None or not all(_is_number(score.get(key)) for key in self.keys):
+      return math.nan
+    return float(self.value(score))
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """A set of questions and its rules.
+
+  Attributes:
+    name: as --benchmark has it.
+    title: as people read it.
+    read: --data (or None) -> questions, in a fixed order; raises UserError for bad files.
+    protocols: scorer -> protocol; the first is what the benchmark was published with.
+    images_per_prompt: pictures of each prompt that its authors draw.
+    training: --data -> knowledge pairs to train on, or None where all is for testing.
+    edition: (split, questions that it has) -> which edition that is, or None where there is one.
+    about: a sentence on what the numbers are, and what they are not.
+  """
+
+  name: str
+  title: str
+  read: Callable[[str | None], list[Question]]
+  protocols: Mapping[str, Protocol]
+  images_per_prompt: int = 1
+  training: Callable[[str], list[KnowledgePair]] | None = None
+  edition: Callable[[str, int], str] | None = None
+  about: str = ''
+
+  def protocol(self, scorer: str) -> Protocol:
+    """The protocol of a scorer.
+
+    Raises:
+      UserError: if the benchmark has none, naming those that it has.
+    """
+    if scorer not in self.protocols:
+      raise UserError(
+        f'--scorer={scorer}: benchmark {self.name!r} can be scored by {", ".join(self.protocols)}.'
+      )
+    return self.protocols[scorer]
+
+
+def single(key: str, **options: Any) -> Protocol:
+  """The protocol that takes one number of a score as it is, such as that of CLIPScore."""
+  return Protocol((key,), lambda score: score[key], **options)
+
+
+# Scores of CLIP, which any benchmark can be given beside its own.
+CLIP_PROTOCOLS = {'sci_score': single('sci_score'), 'clip_score': single('clip_score')}
+
+
+def as_pairs(questions: Sequence[Question], split: str | None = None) -> list[KnowledgePair]:
+  """Questions with an explicit prompt as knowledge pairs, say to ask a run about.
+
+  Args:
+    questions: any.
+    split: of the pairs; by default that of each question, or 'test'.
+  """
+  return [
+    KnowledgePair(
+      implicit=question.implicit,
+      explicit=question.prompts['explicit'],
+      category=question.subcategory or question.category,
+      split=split or question.split or 'test',
+      id=question.id,
+    )
+    for question in questions
+    if 'explicit' in question.prompts
+  ]
+
+
+@functools.cache
+def registry() -> Mapping[str, Benchmark]:
+  """Name -> benchmark, of every module of this package that has `BENCHMARKS`."""
+  package = importlib.import_module(__package__)
+  found = {}
+  for module in pkgutil.iter_modules(package.__path__):
+    if not module.name.startswith('_'):
+      loaded = importlib.import_module(f'{__package__}.{module.name}')
+      found |= {one.name: one for one in getattr(loaded, 'BENCHMARKS', ())}
+  return found
+
+
+def benchmark(name: str) -> Benchmark:
+  """The benchmark of that name.
+
+  Raises:
+    UserError: if there is none.
+  """
+  if name not in registry():
+    raise UserError(f'--benchmark={name}: there are {", ".join(sorted(registry()))}.')
+  return registry()[name]
+
+
+def fewer(questions: Sequence[Question], limit: int | None) -> list[Question]:
+  """At most `limit` questions, evenly spread over each split and category, always the same."""
+  if limit is None or limit >= len(questions):
+    return list(questions)
+  groups: dict[tuple[str, str], list[int]] = {}
+  for row, question in enumerate(questions):
+    groups.setdefault((question.split, question.category), []).append(row)
+  counts = dict.fromkeys(groups, 0)
+  for _ in range(limit):
+    # Sainte-Lague's rule, but every group is given one before any is given two.
+    open_groups = [key for key, rows in groups.items() if counts[key] < len(rows)]
+    chosen = max(
+      open_groups, key=lambda key: (not counts[key], len(groups[key]) / (2 * counts[key] + 1))
+    )
+    counts[chosen] += 1
+  kept = []
+  for key, rows in groups.items():
+    evenly = np.linspace(0, len(rows) - 1, counts[key]).round().astype(int)
+    kept += [rows[index] for index in evenly]
+  return [questions[row] for row in sorted(kept)]
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, numbers.Real) and math.isfinite(value)

@@ -1,0 +1,1 @@
+"""What `python -m eru_jax.evaluate` does: draws a benchmark's prompts, scores and compares."""

@@ -1,0 +1,146 @@
+"""From pictures' scores to the numbers of a table: means as published, intervals, comparisons.
+
+A picture without a score is counted as unscored and left out of the means, as the published scripts
+leave out rows that their judge's answer could not be read from. It never counts as 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eru_jax.benchmarks import statistics
+from eru_jax.benchmarks.base import Protocol, Question
+from eru_jax.benchmarks.statistics import Design, Sample
+from eru_jax.training.metrics import wilson_interval
+
+Values = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def aggregate(
+  protocol: Protocol, questions: Sequence[Question], values: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
+  """Everything that is told of one model under one condition.
+
+  Args:
+    protocol: the rules.
+    questions: Q of them.
+    values: (Q, K) of their pictures as `Protocol.values` makes them, NaN where there is none.
+    seed: of the resampling.
+
+  Returns:
+    {'score', 'ci95', 'n': scored pictures, 'unscored': pictures, 'prompts': Q with a score,
+    'categories': {name: the same}, 'subcategories': {name: the same}}, 'score' and 'ci95' being
+    None where there is nothing to tell, and then 'missing' the categories without scored pictures.
+  """
+  found = _mean(protocol, questions, values, seed, protocol.weights)
+  for kind, attribute in (('categories', 'category'), ('subcategories', 'subcategory')):
+    names = [getattr(question, attribute) for question in questions]
+    found[kind] = {}
+    for name in dict.fromkeys(names):
+      rows = [row for row, other in enumerate(names) if other == name]
+      part = [questions[row] for row in rows]
+      if name:
+        found[kind][name] = _mean(protocol, part, values[rows], seed, None)
+  return found
+
+
+def _mean(
+  protocol: Protocol,
+  questions: Sequence[Question],
+  values: np.ndarray,
+  seed: int,
+  weights: Mapping[str, float] | None,
+) -> dict[str, Any]:
+  categories = [question.category for question in questions]
+  design, sample = Design.of(categories, weights), Sample.of(values)
+  score, n = float(design.overall(sample)[0]), int(sample.counts.sum())
+  told: dict[str, Any] = {
+    'score': score if np.isfinite(score) else None,
+    'ci95': None,
+    'n': n,
+    'unscored': int(values.size - n),
+    'prompts': int((sample.counts > 0).sum()),
+  }
+  if weights is not None:
+    scored = {c for c, count in zip(categories, sample.counts, strict=True) if count}
+    told['missing'] = [name for name in weights if name not in scored]
+  if not np.isfinite(score):
+    return told
+  if protocol.proportion and weights is None and n == told['prompts']:
+    told['ci95'] = list(wilson_interval(round(float(sample.sums.sum())), n))
+  else:
+    told['ci95'] = statistics.interval(design.overall(sample, design.resamples(seed)))
+  return told
+
+
+def comparisons(
+  protocol: Protocol, questions: Sequence[Question], values: Values, seed: int = 0
+) -> list[dict[str, Any]]:
+  """Every later model against the first under each condition, and the first's own prompts.
+
+  Args:
+    protocol: the rules.
+    questions: Q of them.
+    values: model -> condition -> (Q, K), the first model being the base.
+    seed: of the resampling.
+
+  Returns:
+    [{'model', 'condition', 'against': {'model', 'condition'}, 'difference', 'ci95', 'p', 'n'}]:
+    each model under each condition minus the base under the same one; and minus the base under
+    explicit prompts, which bounds what moving knowledge alone can reach.
+  """
+  if not values:
+    return []
+  design = Design.of([question.category for question in questions], protocol.weights)
+  times = design.resamples(seed)
+  base = next(iter(values))
+  pairs = [
+    (model, condition, base, condition)
+    for model in list(values)[1:]
+    for condition in values[model]
+    if condition in values[base]
+  ]
+  pairs += [
+    (model, 'implicit', base, 'explicit')
+    for model in values
+    if 'implicit' in values[model] and 'explicit' in values[base]
+  ]
+  told = []
+  for model, condition, other, under in pairs:
+    first, second = Sample.of(values[other][under]), Sample.of(values[model][condition])
+    found = statistics.compare(design, first, second, times)
+    if found is not None:
+      against = {'model': other, 'condition': under}
+      told.append({'model': model, 'condition': condition, 'against': against, **found})
+  return told
+
+
+def ratios(
+  protocol: Protocol, questions: Sequence[Question], values: Values, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+  """Science-T2I's ND and RI of each model, as far as the conditions they need were drawn.
+
+  Returns:
+    {model: {'nd': {'value', 'ci95'}, 'ri': {...}}}; the base has no RI.
+  """
+  if not values:
+    return {}
+  design = Design.of([question.category for question in questions], protocol.weights)
+  times = design.resamples(seed)
+  samples = {
+    model: {condition: Sample.of(array) for condition, array in found.items()}
+    for model, found in values.items()
+  }
+  base, told = next(iter(samples)), {}
+  for model, found in samples.items():
+    mine: dict[str, Any] = {}
+    if all(name in found for name in ('implicit', 'superficial', 'explicit')):
+      three = [found[name] for name in ('implicit', 'superficial', 'explicit')]
+      mine['nd'] = statistics.ratio(statistics.normalised_difference, design, three, times)
+    before = samples[base]
+    if model != base and 'implicit' in found and {'implicit', 'explicit'} <= before.keys():
+      three = [found['implicit'], before['implicit'], before['explicit']]
+      mine['ri'] = statistics.ratio(statistics.relative_improvement, design, three, times)
+    told[model] = {name: value for name, value in mine.items() if value is not None}
+  return {model: mine for model, mine in told.items() if mine}
