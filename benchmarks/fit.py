@@ -171,6 +171,9 @@ def _write_table(rows):
         f'{found["compile_cpu_seconds"]:.0f}',
       )
       lines.append(f'| {" | ".join(cells)} |')
+  lines += ['', 'Every row is one of these, with `--only` and the name of the program:', '', '```']
+  lines += [f'python -m eru_jax.plan {" ".join(row.command)}' for row in ROWS if row.name in rows]
+  lines.append('```')
   _RESULTS.with_suffix('.md').write_text('\n'.join(lines) + '\n')
 
 

@@ -69,7 +69,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     pooled_only=0.0,
     # The text decides where the noise is strong.
     time_mean=0.8,
-    save_every=100,
+    # Iterations take from half a minute to minutes: what a lost machine costs is to stay small.
+    save_every=100 if given['full'] else 20,
     optimizer=dict(
       learning_rate=1e-5 if given['full'] else 1e-4,
       b2=0.99,

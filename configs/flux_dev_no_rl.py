@@ -65,7 +65,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     per_device=1,
     explicit_share=0.25,
     time_min=0.3,
-    save_every=10,
+    # Iterations take minutes.
+    save_every=10 if given['full'] else 2,
     log_every=1,
     optimizer=dict(
       learning_rate=1e-5 if given['full'] else 1e-4, b2=0.99, weight_decay=1e-4, ema_decay=0.9

@@ -1,5 +1,6 @@
 """Planning: operations and collectives that are counted by hand, and a tiny run on a tiny slice."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,16 +11,19 @@ import sys
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from eru_jax import flops
+from eru_jax import flops, sharding
+from eru_jax.config_file import load_config
 from eru_jax.errors import UserError
-from eru_jax.training import planning_chips, planning_hlo
+from eru_jax.training import config as config_lib
+from eru_jax.training import planning_chips, planning_hlo, planning_remedies, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
-  reason="the package libtpu is not installed: pip install 'eru_jax[plan]'",
+  reason="the package libtpu is not installed: pip install -e '.[plan]'",
 )
 
 
@@ -204,7 +208,7 @@ def test_a_wrong_slice_lists_the_right_ones(name):
 
 def test_without_libtpu_one_sentence_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r"pip install 'eru_jax\[plan\]'"):
+  with pytest.raises(UserError, match=r"pip install -e '.\[plan\]'"):
     planning_chips.open_slice('v5e:2x2')
 
 
@@ -230,6 +234,48 @@ def test_mistakes_are_one_line(tmp_path):
   assert missing.returncode == 2 and '--topology must be given' in missing.stderr
 
 
+def test_no_program_of_that_name(tmp_path):
+  config = f'--config={ROOT / "configs" / "flux_dev_dk_dm.py"}:runlocal'
+  wrong = _plan(tmp_path, config, '--topology=v5e:1x1', '--only=(', check=False)
+  assert wrong.returncode == 2 and '--only=( is no regular expression' in wrong.stderr
+  nothing = _plan(tmp_path, config, '--topology=v5e:1x1', '--only=^nosuch', check=False)
+  assert nothing.returncode == 2 and 'there are prompts.clip, prompts.t5, ' in nothing.stderr
+  path = tmp_path / 'file' / 'plan.json'
+  path.parent.write_text('not a directory')
+  wrong = _plan(tmp_path, config, '--topology=v5e:1x1', f'--json={path}', check=False)
+  assert wrong.returncode == 2 and 'compiled in' not in wrong.stdout
+
+
+@pytest.mark.parametrize('argument', ['', 'full', 'int8', 'res=1024'])
+@pytest.mark.parametrize('name', ['flux_dev_dk_dm', 'flux_dev_no_rl', 'flux_finetune'])
+def test_what_helps_is_taken_by_the_same_config(name, argument):
+  path = ROOT / 'configs' / f'{name}.py'
+  devices = np.array(jax.devices()[:1] * 8)
+
+  def opened(overrides):
+    values = load_config(f'{path}:{argument}', overrides)
+    config = config_lib.from_mapping(config_lib.ExperimentConfig, values)
+    sizes = dataclasses.replace(config.mesh, fsdp=8 // config.mesh.sequence)
+    shape = [sizes.data, sizes.fsdp, sizes.tensor, sizes.sequence]
+    mesh = jax.sharding.Mesh(devices.reshape(shape), sharding.AXES)
+    run.print_plan(config.on(sharding.batch_share(mesh)), mesh)
+    return config, mesh
+
+  base, mesh = opened({})
+  (stage,) = base.stages
+  seen = set()
+  for what in ('train_step', 'rollout_and_reward', 'teacher_pictures', 'sample_and_decode'):
+    for phase in (stage, f'evaluate_{stage}', 'prompts'):
+      for help in planning_remedies.remedies(f'{phase}.{what}', base, mesh):
+        if help.startswith('--config.'):
+          key, _, value = help.split()[0].removeprefix('--config.').partition('=')
+          changed, _ = opened({key: value})
+          assert changed != base, help
+          seen.add(key)
+  assert 'mesh.sequence' in seen and ('model.params' in seen) == (argument not in ('full', 'int8'))
+  assert not any(key.endswith('accumulation') for key in seen)
+
+
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
   """What is planned for a tiny run on four chips, and what is printed."""
@@ -244,6 +290,22 @@ def tiny(tmp_path_factory):
     '--json=plan.json',
   )
   return json.loads((directory / 'plan.json').read_text()), result
+
+
+@needs_libtpu
+def test_two_slices_are_joined_along_data():
+  from jax.experimental import topologies
+
+  planning_chips.open_slice('v5e:2x2')  # sets what libtpu wants of the environment
+  with planning_chips.quiet():
+    devices = topologies.get_topology_desc(
+      platform='tpu', topology_name='v5e:2x2', num_slices=2
+    ).devices
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), devices)
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 4, 'tensor': 1, 'sequence': 1}
+  slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  assert (slices[0] == slices[0].flat[0]).all() and (slices[1] == slices[1].flat[0]).all()
+  assert slices[0].flat[0] != slices[1].flat[0]
 
 
 @needs_libtpu

@@ -1,5 +1,6 @@
 """Runs one stage to its end: batches in, checkpoints and metrics out, resumable at any step."""
 
+import collections
 import dataclasses
 import pathlib
 import time
@@ -104,11 +105,17 @@ def run_stage(
     if writer is not None:
       progress = Progress(config.num_steps, name, initial=first)
     logged, logged_at = first, time.monotonic()
+    queued: collections.deque[PyTree] = collections.deque()
     with watching() as watch:
       for step in range(first, config.num_steps):
         batch = on_mesh(stage.assemble(next(stage.batches)), mesh)
         watch.mark(f'step {step + 1} of {name}, its batch read')
         state, measurements = iterate(state, frozen, batch, key)
+        # One iteration is queued while another one runs: more would have to be waited for when a
+        # machine is about to be taken away, and hide where a run is.
+        queued.append(measurements)
+        if len(queued) > 1:
+          jax.block_until_ready(queued.popleft())
         done = step + 1
         if done % config.log_every == 0 or done in (1, config.num_steps):
           values = {k: float(np.asarray(v)) for k, v in measurements.items()}

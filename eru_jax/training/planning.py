@@ -6,12 +6,13 @@ import json
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from eru_jax import sharding
+from eru_jax.errors import UserError
 from eru_jax.files import replace_file
 from eru_jax.flops import traced_flops
 from eru_jax.training import config as config_lib
@@ -19,6 +20,7 @@ from eru_jax.training.planning_chips import Slice, open_slice, quiet
 from eru_jax.training.planning_hlo import Traffic, collectives
 from eru_jax.training.planning_model import Planned, open_planned
 from eru_jax.training.planning_programs import Program, bytes_per_device, programs, traced
+from eru_jax.training.planning_remedies import remedies
 from eru_jax.training.run import print_plan
 
 # Of libtpu, which spends most of its time on speed that a plan has no use for.
@@ -104,25 +106,37 @@ def plan(
     UserError: for whatever the user can mend; not where something does not fit.
   """
   config = config_lib.from_mapping(config_lib.ExperimentConfig, values)
+  try:
+    wanted = re.compile(only)
+  except re.error as error:
+    raise UserError(f'--only={only} is no regular expression: {error}.') from error
   target = open_slice(topology)
   mesh = sharding.make_mesh(config.mesh, target.devices)
-  config = config.on(sharding.batch_share(mesh))
+  given, config = config, config.on(sharding.batch_share(mesh))
   print_plan(config, mesh)
   planned = open_planned(config, mesh)
   for note in planned.notes:
     tell(f'Note: {note}')
   found: dict[str, Any] = {}
   result = {'topology': topology, 'programs': found}
+
+  def write() -> None:
+    if json_path:
+      replace_file(pathlib.Path(json_path), (json.dumps(result, indent=2) + '\n').encode())
+
+  write()  # Before minutes of compilation: a place that cannot be written is told now.
+  names = []
   for program, needed in zip(programs(planned), programs(_without_remat(planned)), strict=True):
-    if not re.search(only, program.name):
+    names.append(program.name)
+    if not wanted.search(program.name):
       continue
     estimate = estimate_program(program, needed, target, thorough)
     found[estimate.name] = estimate.to_json()
-    for line in describe(estimate, config):
+    for line in describe(estimate, remedies(program.name, given, mesh)):
       tell(line)
-    # After each of them: the next may take minutes.
-    if json_path:
-      replace_file(pathlib.Path(json_path), (json.dumps(result, indent=2) + '\n').encode())
+    write()  # After each of them: the next may take minutes.
+  if not found:
+    raise UserError(f'--only={only} is found in no program; there are {", ".join(names)}.')
   return result
 
 
@@ -231,8 +245,13 @@ def _out_of_memory(message: str) -> int | None:
   return int(float(number) * _UNITS[unit])
 
 
-def describe(estimate: Estimate, config: config_lib.ExperimentConfig) -> Iterator[str]:
-  """The lines that `plan` prints of a program."""
+def describe(estimate: Estimate, helps: Sequence[str] = ()) -> Iterator[str]:
+  """The lines that `plan` prints of a program.
+
+  Args:
+    estimate: of it.
+    helps: what to do where it does not fit.
+  """
   gib = {name: f'{size / 2**30:.2f}' for name, size in estimate.hbm.items()}
   needs, limit = estimate.needs / 2**30, estimate.limit / 2**30
   parts = ', '.join(f'{name} {size}' for name, size in gib.items())
@@ -256,33 +275,4 @@ def describe(estimate: Estimate, config: config_lib.ExperimentConfig) -> Iterato
     f'({estimate.compile_cpu_seconds:.0f} s of processor time)'
   )
   if not estimate.fits:
-    yield f'  What helps: {"; ".join(remedies(estimate, config))}.'
-
-
-def remedies(estimate: Estimate, config: config_lib.ExperimentConfig) -> list[str]:
-  """What to change where something does not fit, what costs least first."""
-  phase = estimate.name.partition('.')[0]
-  found = []
-  if phase in config.stages:
-    stage = config.stage(phase)
-    if estimate.name.endswith('train_step'):
-      if config.model.remat != 'full':
-        found.append('--config.model.remat=full (recomputes blocks in the backward pass)')
-      found.append(
-        f'a larger --config.{phase}.accumulation (now {stage.accumulation}: smaller microbatches)'
-      )
-      if phase == 'dk_dm' and not stage.in_turn:
-        found.append('--config.dk_dm.in_turn=true (one kind of states at a time)')
-      if not config.lora and stage.optimizer.moments == 'float32':
-        found.append(f'--config.{phase}.optimizer.moments=bfloat16')
-    elif 'rollout_and_reward' in estimate.name:
-      found.append(f'a smaller --config.{phase}.rollout_batch')
-  if 'sample' in estimate.name or 'pictures' in estimate.name:
-    found.append(f'a smaller --config.evaluation.batch_size (now {config.evaluation.batch_size})')
-  if config.lora and config.model.params != 'int8':
-    found.append("--config.model.params=int8 (a quarter of float32's frozen weights)")
-  if config.model.params == 'float32' and config.lora:
-    found.append('--config.model.params=bfloat16')
-  found.append('--config.mesh.sequence=2 (splits pictures over devices)')
-  found.append('--config.mesh.fsdp=-1 on a larger slice')
-  return found
+    yield f'  What helps: {"; ".join(helps)}.'

@@ -44,7 +44,6 @@ class Chip:
 
 _DOCS = 'https://docs.cloud.google.com/tpu/docs'
 CHIPS = {
-  'v4': Chip(275e12, 32e9, 15.25, 1228e9, 300e9, 2, _CUBIC, f'{_DOCS}/v4'),
   'v5e': Chip(197e12, 16e9, 15.75, 819e9, 200e9, 1, _FLAT, f'{_DOCS}/v5e'),
   'v5p': Chip(459e12, 95e9, 95.74, 2765e9, 600e9, 1, _CUBIC, f'{_DOCS}/v5p'),
   'v6e': Chip(918e12, 32e9, 31.25, 1638e9, 400e9, 1, _FLAT, f'{_DOCS}/v6e'),
@@ -99,8 +98,8 @@ def open_slice(name: str) -> Slice:
     raise _unknown(name)
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
-      "Compiling for TPUs needs the package libtpu, which is not installed: pip install 'eru_jax"
-      "[plan]' (Linux on x86; no TPU is needed)."
+      'Compiling for TPUs needs the package libtpu, which is not installed: in the clone of '
+      "eru_jax, pip install -e '.[plan]' (Linux on x86; no TPU is needed)."
     )
   # Otherwise it asks a cloud that may not be there what machine this is, and refuses to be loaded
   # by two processes at once.
@@ -125,7 +124,7 @@ def _unknown(name: str) -> UserError:
   flat = ', '.join(_FLAT)
   cubic = ', '.join(_CUBIC)
   return UserError(
-    f'--topology={name} is no TPU slice; there are v5e and v6e with {flat}, and v4, v5p and tpu7x '
+    f'--topology={name} is no TPU slice; there are v5e and v6e with {flat}, and v5p and tpu7x '
     f'with {cubic}, such as v5e:2x4 and v5p:2x2x1.'
   )
 
