@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eru_jax.benchmarks.base import Protocol
-from eru_jax.evaluating.results import shown
+from eru_jax.evaluating.results import asked_lines, shown
 from eru_jax.training.report_scores import STAGES, text
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def summary(evaluated: 'Evaluated', result: Mapping[str, Any]) -> str:
       f'<p><b>{unscored} pictures are unscored</b> and left out of every mean; they count as '
       'nothing, not as wrong.</p>'
     )
+  for line in asked_lines(result):
+    parts.append(f'<p class="quiet">{text(line.strip())}</p>')
   cards = ''.join(_card(evaluated, result, model) for model in result['stages'])
   parts.append(f'<div class="models">{cards}</div>')
   tables = {'': result['stages'], **result.get('splits', {})}
