@@ -24,7 +24,8 @@ _STAGES = flags.DEFINE_list(
   'stages', [], 'Of a run: only these stages, such as base,no_rl; by default all it has reached.'
 )
 _BENCHMARK = flags.DEFINE_string(
-  'benchmark', None, 'emoji, science_t2i, wise or wise_verified.'
+  'benchmark', None, 'emoji, science_t2i, science_t2i_train (for reward anchors), wise or '
+  'wise_verified.'
 )  # fmt: skip
 _DATA = flags.DEFINE_string('data', None, "Directory of the benchmark's files, or one file.")
 _PROMPTS = flags.DEFINE_string(

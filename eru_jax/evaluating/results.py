@@ -10,6 +10,7 @@ import numpy as np
 
 from eru_jax.benchmarks.base import Protocol, Question
 from eru_jax.evaluating.aggregation import aggregate, comparisons, ratios
+from eru_jax.evaluating.anchors import write_anchors
 from eru_jax.evaluating.drawing import directory_of
 from eru_jax.files import replace_file
 from eru_jax.judges.summary import Summary
@@ -140,7 +141,7 @@ def _pairs(
 
 
 def write(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:
-  """Writes evaluation.json, summary.csv and pictures.csv; and grid.png of the emoji world.
+  """Writes evaluation.json and tables; of CLIP, reward anchors; of the emoji world, grid.png.
 
   Raises:
     UserError: if they cannot be written.
@@ -150,6 +151,7 @@ def write(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:
   replace_file(output / 'evaluation.json', text.encode())
   replace_file(output / 'summary.csv', _csv(_summary_rows(result)))
   replace_file(output / 'pictures.csv', _csv(_picture_rows(evaluated)))
+  write_anchors(evaluated)
   if evaluated.scorer is not None and evaluated.scorer.targets is not None:
     _write_grid(evaluated, evaluated.scorer.targets)
 
