@@ -269,6 +269,16 @@ def test_rewriting_is_a_rival_in_the_same_table(studio, tmp_path, capsys):
   assert collections.Counter(map(text_of, writer.requests)).most_common(2)[1][1] == 1
 
 
+def test_a_rewriter_that_cannot_is_told_before_anything_is_drawn(studio, tmp_path):
+  data = write_wise(tmp_path / 'WISE')
+  for act, words in ((says('no'), "rewriter 'tiny-judge' at .* rewrote none of 3 prompts .*bad re"),
+                     (fails(401, 'bad'), 'set ERU_JAX_REWRITER_KEY to a valid key')):  # fmt: skip
+    with JudgeServer(usual=act) as server, pytest.raises(UserError, match=words):
+      rewriter = service(server, role='rewriter')
+      run(data, tmp_path / 'out', scorer='none', limit=3, rewriter=rewriter)
+  assert studio.opened == []
+
+
 def test_a_judges_key_does_not_go_to_a_rewriter():
   environment = {'ERU_JAX_JUDGE_KEY': 'for-the-judge', 'ERU_JAX_REWRITER_KEY': 'for-the-rewriter'}
   with JudgeServer(usual=says({'rewrite': 'x'})) as server:

@@ -23,6 +23,7 @@ def title_of(model: str) -> str:
 def summary(evaluated: 'Evaluated', result: Mapping[str, Any]) -> str:
   """HTML of everything above the pictures."""
   parts = [f'<p class="quiet">{_sets(evaluated, result)}</p>']
+  parts += [f'<p class="quiet">{text(line.strip())}</p>' for line in asked_lines(result)]
   if evaluated.protocol is None:
     return ''.join(parts) + '<p>Nobody has scored these pictures.</p>'
   parts.append(f'<p>{text(evaluated.benchmark.about)}</p>' if evaluated.benchmark.about else '')
@@ -32,8 +33,6 @@ def summary(evaluated: 'Evaluated', result: Mapping[str, Any]) -> str:
       f'<p><b>{unscored} pictures are unscored</b> and left out of every mean; they count as '
       'nothing, not as wrong.</p>'
     )
-  for line in asked_lines(result):
-    parts.append(f'<p class="quiet">{text(line.strip())}</p>')
   cards = ''.join(_card(evaluated, result, model) for model in result['stages'])
   parts.append(f'<div class="models">{cards}</div>')
   tables = {'': result['stages'], **result.get('splits', {})}

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eru_jax.errors import UserError
 from eru_jax.judges import verdicts
 from eru_jax.judges.rewriting import Rewrite, rewrite_prompts
 from eru_jax.judges.service import Service
@@ -27,7 +28,7 @@ class Rewriting:
     """The prompts in other words, None for those that stay without.
 
     Raises:
-      UserError: as `rewrite_prompts`.
+      UserError: as `rewrite_prompts`, or if none could be rewritten.
     """
     service, unique = self._service, len(set(prompts))
     with verdicts.open_journal(self._path) as journal, Progress(unique, 'prompts') as progress:
@@ -38,6 +39,12 @@ class Rewriting:
         service.instructions,
         service.price,
         lambda done, _: progress.update(done),
+      )
+    if not self._summary.answered:
+      config, reason = service.client.config, next(iter(self._summary.reasons), 'no prompts')
+      raise UserError(
+        f'The rewriter {config.model!r} at {config.url} rewrote none of {unique} prompts '
+        f'({reason}): see that it runs and answers as asked, or leave --rewriter out.'
       )
     return [rewrite.text for rewrite in self._rewrites]
 

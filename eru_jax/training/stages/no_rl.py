@@ -101,11 +101,6 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   tables, trust = {}, {}
   for name, split in (('implicit', 'train'), ('explicit', 'explicit')):
     tables[name], trust[name] = believed(splits[split], config.doubtful, config.doubtful_weight)
-  if not tables['implicit'].pairs:
-    raise UserError(
-      f'no_rl: every training pair is of no_rl.doubtful = {", ".join(config.doubtful)}: name fewer '
-      'categories, or set no_rl.doubtful_weight.'
-    )
   rows = {
     name: experiment.text.index([pair.implicit for pair in table.pairs])
     for name, table in tables.items()
@@ -113,6 +108,11 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   explicit_prompts = round(config.explicit_share * config.prompts_per_step)
   counts = {'implicit': config.prompts_per_step - explicit_prompts, 'explicit': explicit_prompts}
   drawn = [name for name in tables if counts[name]]
+  if config.doubtful and not all(tables[name].pairs for name in drawn):
+    raise UserError(
+      f'no_rl: every training pair is of no_rl.doubtful = {", ".join(config.doubtful)}: name fewer '
+      'categories, or set no_rl.doubtful_weight.'
+    )
   weighted = any((trust[name] != 1).any() for name in drawn)
 
   # Both only if there is anything left to train, as a CLIP takes its time.
