@@ -56,6 +56,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     # FLUX.1-dev's means under superficial and explicit prompts (Science-T2I, arXiv 2504.13129).
     reward_low=17.7,
     reward_high=32.9,
+    # Laws of which SciScore tells right from wrong in 42 to 81 % of cases only (same paper).
+    doubtful=('absorption', 'buoyancy', 'immiscibility'),
     prompts_per_step=32,
     images_per_prompt=16,
     rollout_steps=8,

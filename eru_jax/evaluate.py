@@ -3,6 +3,8 @@
     python -m eru_jax.evaluate --model=runs/emoji --prompts=mine.jsonl --output=out
     python -m eru_jax.evaluate --model=runs/flux --benchmark=science_t2i --data=Science-T2I-S \\
       --scorer=sci_score --scorer_model=SciScore --output=out
+    python -m eru_jax.evaluate --model=runs/flux --benchmark=wise --data=WISE \\
+      --judge=http://127.0.0.1:8000/v1 --judge_model=NAME --output=out
 
 Every stage that a run has reached is drawn and scored from the same start noise. A killed
 evaluation goes on where it was when the same command is given again. docs/evaluating.md says where
@@ -12,6 +14,7 @@ the benchmarks' files come from.
 from absl import flags
 
 from eru_jax import commands
+from eru_jax.judges.flags import define_chat
 
 _MODEL = flags.DEFINE_list(
   'model', None, "Workdir of a run, model directory, FLUX.1 snapshot, or 'emoji_base' (the model "
@@ -21,7 +24,8 @@ _STAGES = flags.DEFINE_list(
   'stages', [], 'Of a run: only these stages, such as base,no_rl; by default all it has reached.'
 )
 _BENCHMARK = flags.DEFINE_string(
-  'benchmark', None, 'emoji, science_t2i, wise or wise_verified.'
+  'benchmark', None, 'emoji, science_t2i, science_t2i_train (for reward anchors), wise or '
+  'wise_verified.'
 )  # fmt: skip
 _DATA = flags.DEFINE_string('data', None, "Directory of the benchmark's files, or one file.")
 _PROMPTS = flags.DEFINE_string(
@@ -38,6 +42,8 @@ _SCORER = flags.DEFINE_string(
 _SCORER_MODEL = flags.DEFINE_string(
   'scorer_model', None, 'Of sci_score and clip_score: a CLIPModel in the Hugging Face layout.'
 )
+_JUDGE = define_chat('judge', 'looks at the pictures of wise, wise_verified or science_t2i')
+_REWRITER = define_chat('rewriter', 'rewrites implicit prompts, a rival that the first model draws')
 _CONDITIONS = flags.DEFINE_list(
   'conditions', [], 'Prompts to draw, out of implicit, explicit and superficial; by default all '
   'that there are.'
@@ -91,6 +97,8 @@ def main() -> None:
       data=_DATA.value if _PROMPTS.value is None else _PROMPTS.value,
       scorer=_SCORER.value,
       scorer_model=_SCORER_MODEL.value,
+      judge=_JUDGE.service(),
+      rewriter=_REWRITER.service(),
       limit=_LIMIT.value,
       images_per_prompt=_IMAGES.value,
       conditions=tuple(_CONDITIONS.value),

@@ -113,6 +113,19 @@ class Browser:
       assert time.monotonic() < deadline, expression
       time.sleep(0.05)
 
+  def expect(self, expression, value, within=30):
+    """Waits until a JavaScript expression has a value, and fails if it does not come to it.
+
+    What a page does on an event may come after the answer to what caused it, on a loaded machine
+    much later.
+    """
+    deadline = time.monotonic() + within
+    # What is not there yet may be there soon.
+    caught = f'(() => {{ try {{ return {expression}; }} catch (e) {{ return `${{e}}`; }} }})()'
+    while (found := self.run(caught)) != value and time.monotonic() < deadline:
+      time.sleep(0.05)
+    assert found == value, expression
+
   def press(self, key, code=None):
     """Presses a key, as somebody at the keyboard would."""
     codes = {'Enter': 13, 'Tab': 9, 'Escape': 27}

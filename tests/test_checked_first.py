@@ -1,5 +1,6 @@
 """What is wrong is told before text encoders run and the backbone is read: hours, at full size."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,8 +10,11 @@ from test_flux_training import CONFIGS, settings
 
 from eru_jax.config_file import load_config
 from eru_jax.errors import UserError
+from eru_jax.evaluating.evaluator import evaluate
+from eru_jax.evaluating.request import EvaluationRequest
 from eru_jax.training import config as config_lib
 from eru_jax.training import experiment, modules
+from eru_jax.training import workdir as workdir_lib
 from eru_jax.training.run import train
 from eru_jax.training.sampling import SampleRequest, sample
 from eru_jax.weights.conversion import ConversionRequest, convert
@@ -121,6 +125,41 @@ def test_flags_of_sample(flags, words, tmp_path, monkeypatch):
   with pytest.raises(UserError) as caught:
     sample(SampleRequest('tiny_flux', 'out', **request))
   assert words in str(caught.value)
+
+
+def evaluated(model, tmp_path, **options):
+  """The refusal of an evaluation, before which nothing is written."""
+  with pytest.raises(UserError) as caught:
+    evaluate(EvaluationRequest((str(model),), str(tmp_path / 'out'), **options))
+  assert '\n' not in caught.value.sentence and not (tmp_path / 'out').exists()
+  return str(caught.value)
+
+
+@pytest.mark.parametrize('kind', ['benchmark', 'prompts', 'run', 'snapshot'])
+def test_models_whose_pictures_no_judge_knows(kind, tmp_path):
+  model, data = 'tiny_flux', None
+  if kind == 'prompts':  # the judge would not know this either
+    data = tmp_path / 'mine.jsonl'
+    data.write_text('{"implicit": "a riddle", "explicit": "what no emoji shows"}\n')
+  elif kind == 'run':
+    values = settings('flux_dev_dk_dm.py:runlocal')
+    model = tmp_path / 'run'
+    found = experiment.resolve(config_lib.from_mapping(config_lib.ExperimentConfig, values))
+    workdir_lib.claim(model, dataclasses.asdict(found))
+  elif kind == 'snapshot':
+    model = tmp_path / 'snapshot'
+    write_tiny_flux(model, guidance=True)
+  message = evaluated(model, tmp_path, data=data and str(data))
+  assert (
+    f"--model={model}: no judge knows what its pictures should show, as its data.world is 'pr"
+    in message
+  )
+  assert '--benchmark=science_t2i or wise' in message
+
+
+def test_models_of_a_size_that_the_judge_does_not_know(tmp_path):
+  message = evaluated('emoji_base', tmp_path, height=128, width=64)
+  assert 'draws pictures of 128 x 64 pixels, but the judge knows those of 64 x 64' in message
 
 
 def test_kernels_in_int8_stay_as_they_are_under_adapters(rounded):

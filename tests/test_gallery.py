@@ -81,8 +81,10 @@ def browser(tmp_path_factory):
     yield started
 
 
-def prompts(browser):
-  return browser.run("[...document.querySelectorAll('.question h3')].map((e) => e.textContent)")
+def shown(browser, expected, part='slice(0)'):
+  """Waits until the prompts on the page, or a part of them, are these."""
+  headings = "[...document.querySelectorAll('.question h3')].map((e) => e.textContent)"
+  browser.expect(f'{headings}.{part}', expected)
 
 
 # Without a browser
@@ -135,25 +137,25 @@ def test_a_page_without_scores(made):
 def test_the_worst_come_first_and_filters_combine(gallery, browser):
   browser.open(gallery)
   # By the last model's implicit prompts: all 20 but question 3, which nobody scored.
-  assert prompts(browser)[:4] == ['riddle 0', 'riddle 1', 'riddle 2', 'riddle 4']
+  shown(browser, ['riddle 0', 'riddle 1', 'riddle 2', 'riddle 4'], 'slice(0, 4)')
   browser.open(gallery, '#by=0&sort=worst')
-  assert prompts(browser)[:3] == ['riddle 0', 'riddle 1', 'riddle 2']
+  shown(browser, ['riddle 0', 'riddle 1', 'riddle 2'], 'slice(0, 3)')
   browser.open(gallery, '#by=0&sort=best&category=physics')
-  assert prompts(browser)[:3] == ['riddle 38', 'riddle 36', 'riddle 34']
-  assert browser.run("document.getElementById('count').textContent") == '21 of 40 prompts'
+  shown(browser, ['riddle 38', 'riddle 36', 'riddle 34'], 'slice(0, 3)')
+  browser.expect("document.getElementById('count').textContent", '21 of 40 prompts')
   browser.open(gallery, '#by=2&sort=loss&show=lost&subcategory=gravity')
-  assert prompts(browser)[:3] == ['riddle 39', 'riddle 36', 'riddle 33']
+  shown(browser, ['riddle 39', 'riddle 36', 'riddle 33'], 'slice(0, 3)')
   browser.open(gallery, '#show=unscored')
-  assert prompts(browser) == ['riddle 3']
+  shown(browser, ['riddle 3'])
   browser.open(gallery, '#search=thing+ANSWER+12')
-  assert prompts(browser) == ['riddle 12']
+  shown(browser, ['riddle 12'])
   browser.open(gallery, '#search=no+such+words')
-  assert prompts(browser) == []
-  assert not browser.run("document.getElementById('nothing').hidden")
+  shown(browser, [])
+  browser.expect("document.getElementById('nothing').hidden", False)
   # An unscored question is the end of every ranking, not its beginning.
   for order in ('worst', 'best', 'gain', 'loss'):
     browser.open(gallery, f'#by=2&sort={order}&search=riddle+3')
-    assert prompts(browser)[-1] == 'riddle 3'
+    shown(browser, ['riddle 3'], 'slice(-1)')
 
 
 def test_filters_can_be_used_and_are_kept_in_the_address(gallery, browser):
@@ -162,16 +164,15 @@ def test_filters_can_be_used_and_are_kept_in_the_address(gallery, browser):
     "(() => { const e = document.getElementById('category'); e.value = 'biology';"
     " e.dispatchEvent(new Event('input', {bubbles: true})); })()"
   )
-  assert browser.run('location.hash') == '#category=biology'
-  assert prompts(browser)[:2] == ['riddle 1', 'riddle 5']
+  browser.expect('location.hash', '#category=biology')
+  shown(browser, ['riddle 1', 'riddle 5'], 'slice(0, 2)')
   browser.run('document.querySelector(\'#columns input[value="4"]\').click()')
-  assert 'columns=0.1.2.3.4' in browser.run('location.hash')
+  browser.until("location.hash.includes('columns=0.1.2.3.4')")
   first = "[...document.querySelector('.question').querySelectorAll('figcaption .name')]"
-  assert browser.run(f'{first}.map((e) => e.textContent)') == [
-    'Base1.0', 'DK-DM11.0', 'NO-RL20.0', 'Base1.0', 'DK-DM11.0'
-  ]  # fmt: skip
+  names = ['Base1.0', 'DK-DM11.0', 'NO-RL20.0', 'Base1.0', 'DK-DM11.0']
+  browser.expect(f'{first}.map((e) => e.textContent)', names)
   browser.run("document.getElementById('reset').click()")
-  assert browser.run('location.hash') == ''
+  browser.expect('location.hash', '')
 
 
 def test_pictures_are_made_when_they_come_near(gallery, browser):
@@ -189,58 +190,54 @@ def test_pictures_are_made_when_they_come_near(gallery, browser):
     })()"""
   )
   np.testing.assert_allclose(colour, [60, 60, 60, 255], atol=6)
-  for _ in range(12):
-    browser.run('window.scrollTo(0, document.body.scrollHeight)')
-    browser.run('new Promise((done) => setTimeout(done, 100))')
-  assert browser.run(made) == COUNT
+  browser.until(f'(window.scrollTo(0, document.body.scrollHeight), {made} === {COUNT})')
   browser.until("document.querySelector('.question:last-child img').naturalWidth === 120")
 
 
 def test_what_others_wrote_stays_text(gallery, browser):
   browser.open(gallery, '#search=script')
-  assert prompts(browser) == [HOSTILE]
+  shown(browser, [HOSTILE])
   browser.run("document.querySelector('.view').click()")
   browser.until("document.getElementById('picture').open")
   assert browser.run('document.title').startswith('Made up & <tested>')
+  browser.expect("document.querySelector('#facts h3').textContent", HOSTILE)
   assert browser.run('document.querySelectorAll(\'img[src="x"]\').length') == 0
-  assert browser.run("document.querySelector('#facts h3').textContent") == HOSTILE
 
 
 def test_everything_works_by_keyboard(gallery, browser):
   browser.open(gallery, '#sort=order')
   active = 'document.activeElement'
   browser.press('/')
-  assert browser.run(f'{active}.id') == 'search'
+  browser.expect(f'{active}.id', 'search')
   for letter in 'riddle 5':
     browser.press(letter)
-  assert prompts(browser)[:2] == ['riddle 5', 'riddle 15']
+  shown(browser, ['riddle 5', 'riddle 15'], 'slice(0, 2)')
   browser.press('Escape')
+  browser.until(f'{active} === document.body')
   browser.press('j')
   browser.press('j')
   browser.press('k')
-  assert browser.run(f"{active}.querySelector('h3').textContent") == 'riddle 5'
+  browser.expect(f"{active}.querySelector('h3').textContent", 'riddle 5')
   browser.press('Tab')  # the explanation
   browser.press('Tab')
-  assert 'Base, implicit prompt, 5.0: enlarge' in browser.run(f'{active}.ariaLabel')
+  browser.until(f"{active}.ariaLabel?.includes('Base, implicit prompt, 5.0: enlarge')")
   browser.press('Enter')
   browser.until("document.getElementById('picture').open")
   current = "document.querySelector('.strip [aria-current=true]').textContent"
-  assert browser.run(current) == 'Base, implicit5.0'
+  browser.expect(current, 'Base, implicit5.0')
   browser.press('ArrowRight')
-  assert browser.run(current) == 'DK-DM, implicit15.0'
+  browser.expect(current, 'DK-DM, implicit15.0')
   browser.press('ArrowLeft')
   browser.press('ArrowLeft')
-  assert browser.run(current) == 'NO-RL, explicit20.0'
+  browser.expect(current, 'NO-RL, explicit20.0')
   browser.press('ArrowDown')
-  assert browser.run("document.querySelector('#facts h3').textContent") == 'riddle 15'
-  assert browser.run("document.querySelector('#facts a').getAttribute('href')") == (
-    'pictures/no_rl/explicit/15.png'
-  )
+  browser.expect("document.querySelector('#facts h3').textContent", 'riddle 15')
+  file = "document.querySelector('#facts a').getAttribute('href')"
+  browser.expect(file, 'pictures/no_rl/explicit/15.png')
   browser.press('Escape')
   browser.until("!document.getElementById('picture').open")
-  assert (
-    browser.run(f"{active}.closest('.question').querySelector('h3').textContent") == 'riddle 15'
-  )
+  # The dialog first gives the focus back to where it was opened, and is told of its end later.
+  browser.expect(f"{active}.closest('.question').querySelector('h3').textContent", 'riddle 15')
 
 
 def test_right_and_wrong_are_marked_without_colour(tmp_path, browser):
@@ -250,15 +247,15 @@ def test_right_and_wrong_are_marked_without_colour(tmp_path, browser):
   )
   path = write_gallery(made, results.collect(made))
   browser.open(path, '#by=0')
-  assert prompts(browser)[:2] == ['riddle 1', 'riddle 3']
-  marks = browser.run(
+  shown(browser, ['riddle 1', 'riddle 3'], 'slice(0, 2)')
+  marks = (
     "[...document.querySelector('.question').querySelectorAll('.value')].map((e) => e.textContent)"
   )
-  assert marks == ['✗', '✓', '✓', '✗']
+  browser.expect(marks, ['✗', '✓', '✓', '✗'])
   browser.until("document.querySelector('.question img').classList.contains('small')")
   browser.open(path, '#k=1')
   browser.run("document.querySelector('.view').click()")
-  assert browser.run("document.querySelector('#facts a').getAttribute('href')").endswith('_1.png')
+  browser.until("document.querySelector('#facts a')?.getAttribute('href').endsWith('_1.png')")
 
 
 def test_it_asks_the_network_for_nothing_and_has_no_errors(gallery, browser):

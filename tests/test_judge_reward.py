@@ -197,22 +197,23 @@ class _Model:
 class _Runs:
   """Runs of the stage against a judge, their verdicts and checkpoints in a directory."""
 
-  def __init__(self, server, directory, monkeypatch):
-    self.server, self.directory, self._patch = server, directory, monkeypatch
-    explicit = [dataclasses.replace(p, implicit=p.explicit, split='explicit') for p in PAIRS]
-    splits = {'train': PairTable(tuple(PAIRS)), 'explicit': PairTable(tuple(explicit))}
+  def __init__(self, server, directory, monkeypatch, pairs=PAIRS, **no_rl):
+    self.server, self.directory, self._patch, self._no_rl = server, directory, monkeypatch, no_rl
+    explicit = [dataclasses.replace(p, implicit=p.explicit, split='explicit') for p in pairs]
+    splits = {'train': PairTable(tuple(pairs)), 'explicit': PairTable(tuple(explicit))}
     self._prompts = ['', *World(splits).all_prompts]
     self._splits = splits
 
   def train(self, name, verdicts, at=lambda done: None, **more):
     """Trains to the end, or as far as `at`, which is told of every line of metrics, lets it."""
     self._patch.setenv('ERU_JAX_CACHE', str(self.directory / verdicts))
-    judge = dict(url=self.server.url, model='tiny-judge', max_unscored=0.9, attempts=1)
+    url = self.server.url if self.server else 'http://localhost'
+    judge = dict(url=url, model='tiny-judge', max_unscored=0.9, attempts=1)
     no_rl = dict(
       reward='judge', num_steps=4, save_every=1, log_every=1, prompts_per_step=4,
       images_per_prompt=2, updates_per_step=2, rollout_steps=2, optimizer={'learning_rate': 0.01},
       judge=judge | more,
-    )  # fmt: skip
+    ) | self._no_rl  # fmt: skip
     data = {'world': 'prompts', 'pairs': 'x.jsonl'}
     config = from_mapping(ExperimentConfig, {'stages': ('no_rl',), 'data': data, 'no_rl': no_rl})
     rng = np.random.default_rng(0)

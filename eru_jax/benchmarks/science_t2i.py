@@ -97,16 +97,37 @@ def read_training(data: str) -> list[KnowledgePair]:
   Raises:
     UserError: if there is no training set, or a row is malformed.
   """
-  pairs: list[KnowledgePair] = []
+  return [
+    KnowledgePair(
+      question.implicit, question.prompts['explicit'], question.subcategory, 'train', question.id
+    )
+    for question in read_training_questions(data)
+  ]
+
+
+def read_training_questions(data: str | None) -> list[Question]:
+  """The training set as questions, say for reward anchors; a score of them says nothing.
+
+  They go together as in `read_training`, superficial prompts likewise.
+
+  Raises:
+    UserError: if there is no training set, or a row is malformed.
+  """
+  questions: list[Question] = []
   for number, (_, where, row) in enumerate(_rows(data, training=True), start=1):
-    implicit, explicit = (texts_of(row, _PROMPTS[name], where) for name in ('implicit', 'explicit'))
+    texts = {
+      name: texts_of(row, key, where)
+      for name, key in _PROMPTS.items()
+      if name != 'superficial' or row.get(key)
+    }
     law, seen = law_of(row, where), set()
-    for k in range(max(len(implicit), len(explicit))):
-      prompts = implicit[k % len(implicit)], explicit[k % len(explicit)]
-      if (same := tuple(map(normalise, prompts))) not in seen:
+    for k in range(max(len(texts['implicit']), len(texts['explicit']))):
+      prompts = {name: found[k % len(found)] for name, found in texts.items()}
+      if (same := tuple(normalise(prompts[name]) for name in ('implicit', 'explicit'))) not in seen:
         seen.add(same)
-        pairs.append(KnowledgePair(*prompts, category=law, split='train', id=f'{number:05d}/{k}'))
-  return pairs
+        category = (optional_text(row, 'category', where) or law).casefold()
+        questions.append(Question(f'{number:05d}/{k}', category, prompts, law, 'train'))
+  return questions
 
 
 def law_of(row: dict, where: str) -> str:
@@ -171,5 +192,13 @@ BENCHMARKS = (
     edition=edition,
     about='SciScore holds every picture against the implicit prompt, whatever it was drawn of; it '
     'is least reliable on absorption, buoyancy and immiscibility.',
+  ),
+  Benchmark(
+    name='science_t2i_train',
+    title='Science-T2I, training set',
+    read=read_training_questions,
+    protocols=CLIP_PROTOCOLS,
+    images_per_prompt=2,
+    about='Prompts that may be trained on: for reward anchors, not a measure of any model.',
   ),
 )

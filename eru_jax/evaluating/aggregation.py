@@ -14,6 +14,9 @@ from eru_jax.benchmarks.base import Protocol, Question
 from eru_jax.benchmarks.statistics import Design, Sample
 from eru_jax.training.metrics import wilson_interval
 
+# Conditions that what a model makes of implicit prompts is not measured by.
+_SAYING_NO_MORE = ('implicit', 'superficial')
+
 Values = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -87,8 +90,9 @@ def comparisons(
 
   Returns:
     [{'model', 'condition', 'against': {'model', 'condition'}, 'difference', 'ci95', 'p', 'n'}]:
-    each model under each condition minus the base under the same one; and minus the base under
-    explicit prompts, which bounds what moving knowledge alone can reach.
+    each model under each condition minus the base under the same one; and each under implicit
+    prompts minus the base under others that say more: explicit ones, which bound what moving
+    knowledge alone can reach, and rewritten ones, the rival that trains nothing.
   """
   if not values:
     return []
@@ -102,9 +106,10 @@ def comparisons(
     if condition in values[base]
   ]
   pairs += [
-    (model, 'implicit', base, 'explicit')
+    (model, 'implicit', base, condition)
+    for condition in values[base]
     for model in values
-    if 'implicit' in values[model] and 'explicit' in values[base]
+    if condition not in _SAYING_NO_MORE and 'implicit' in values[model]
   ]
   told = []
   for model, condition, other, under in pairs:

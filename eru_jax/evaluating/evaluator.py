@@ -19,11 +19,13 @@ from eru_jax.benchmarks.base import CONDITIONS, Benchmark, Protocol, Question, b
 from eru_jax.errors import UserError
 from eru_jax.evaluating import drawing, results, scoring
 from eru_jax.evaluating.gallery import write_gallery
-from eru_jax.evaluating.models import Task, draw_models
-from eru_jax.evaluating.request import EvaluationRequest
-from eru_jax.evaluating.scorers import Score, Scorer, open_scorer
+from eru_jax.evaluating.judging import judged_by, open_judge
+from eru_jax.evaluating.models import Task, check_world, draw_models, model_sizes
+from eru_jax.evaluating.request import EvaluationRequest, Rewriter
+from eru_jax.evaluating.rivals import REWRITTEN, Rewriting
+from eru_jax.evaluating.scorers import KNOWN_PICTURES, Score, Scorer, open_scorer
 from eru_jax.files import check_directory
-from eru_jax.training.experiment import Experiment
+from eru_jax.judges.protocols import PROTOCOLS
 from eru_jax.training.run import enable_compilation_cache
 
 # --scorer: draw only, for a judge that is asked later or elsewhere.
@@ -43,6 +45,7 @@ class Evaluated:
     scores: model -> the score of each of these.
     output: the directory.
     seed: of the start noise and of resampling.
+    rewriting: what rewrote prompts over HTTP, or None.
   """
 
   benchmark: Benchmark
@@ -55,6 +58,7 @@ class Evaluated:
   scores: Mapping[str, Sequence[Score]]
   output: pathlib.Path
   seed: int
+  rewriting: Rewriting | None = None
 
   def values(self) -> dict[str, dict[str, np.ndarray]]:
     """Model -> condition -> values (Q, K), NaN where there is no score or no picture."""
@@ -99,29 +103,27 @@ def evaluate(
   conditions, protocol = _conditions(request, asked), None
   if scorer is not None:
     protocol = chosen.protocol(scorer.name)
-  elif request.scorer != NO_SCORER:
-    name = request.scorer or next(iter(chosen.protocols))
-    protocol = chosen.protocol(name)
-    source = request.data or f'benchmark {chosen.name!r}'
-    scorer = open_scorer(name, request.scorer_model, asked, source, request.mesh)
-  asked = _rewritten(request, asked)
+  elif request.scorer != NO_SCORER or request.judge is not None:
+    protocol, scorer = _scorer(request, chosen, asked, output)
+  rewriters, rewriting = dict(request.rewriters), None
+  if request.rewriter is not None:
+    rewriting = rewriters[REWRITTEN] = Rewriting(request.rewriter, output)
+  asked = _rewritten(rewriters, asked)
   enable_compilation_cache()
   images = request.images_per_prompt or chosen.images_per_prompt
-  rewriters = tuple(request.rewriters)
-  pictures = draw_models(
-    Task(request, output, asked, conditions, rewriters, images, _checker(scorer))
-  )
+  ready = scorer.ready if scorer is not None else None
+  pictures = draw_models(Task(request, output, asked, conditions, tuple(rewriters), images, ready))
   kept = scoring.ScoreFile(output / 'scores.jsonl')
   scores = {}
   for model, drawn in pictures.items() if scorer is not None else ():
-    directory, title = drawing.directory_of(output, model), f'{model}: {scorer.name}'
-    scores[model] = scoring.score_pictures(scorer, protocol, directory, asked, drawn, kept, title)
+    directory = drawing.directory_of(output, model)
+    scores[model] = scoring.score_pictures(scorer, protocol, directory, asked, drawn, kept, model)
   sets: dict[str, int] = {}
   for question in everything:
     sets[question.split] = sets.get(question.split, 0) + 1
   evaluated = Evaluated(
     chosen, protocol, scorer, asked, sets, [*conditions, *rewriters], pictures, scores, output,
-    request.seed,
+    request.seed, rewriting,
   )  # fmt: skip
   result = results.collect(evaluated)
   results.write(evaluated, result)
@@ -129,6 +131,42 @@ def evaluate(
   results.tell(evaluated, result)
   print(f'Scores: {output / "evaluation.json"}\nPictures: {gallery}')
   return result
+
+
+def _scorer(
+  request: EvaluationRequest,
+  chosen: Benchmark,
+  questions: Sequence[Question],
+  output: pathlib.Path,
+) -> tuple[Protocol, Scorer]:
+  """What looks at the pictures, and its rules, once it is sure that it can.
+
+  Raises:
+    UserError: if flags do not go together, or it could not look at the pictures of a model.
+  """
+  name = request.scorer
+  if name is None:
+    names = list(chosen.protocols)
+    name = judged_by(names, chosen.name) if request.judge is not None else names[0]
+  if request.judge is not None and name not in PROTOCOLS:
+    raise UserError(f'--judge is given, but --scorer={name} asks none: leave one of them out.')
+  protocol = chosen.protocol(name)
+  if request.judge is not None:
+    if request.scorer_model is not None:
+      raise UserError('--scorer_model is given, but a --judge looks at the pictures: leave it out.')
+    return protocol, open_judge(request.judge, name, questions, output)
+  if name == KNOWN_PICTURES:
+    check_world(request)
+  source = request.data or f'benchmark {chosen.name!r}'
+  scorer = open_scorer(name, request.scorer_model, questions, source, request.mesh)
+  for model, size in model_sizes(request) if scorer.size is not None else ():
+    if size != scorer.size:
+      raise UserError(
+        f'--model={model} draws pictures of {size[0]} x {size[1]} pixels, but the judge knows '
+        f'those of {scorer.size[0]} x {scorer.size[1]} only: `sample` can draw with this model, '
+        'nothing can score it.'
+      )
+  return protocol, scorer
 
 
 def _conditions(request: EvaluationRequest, questions: Sequence[Question]) -> list[str]:
@@ -148,35 +186,13 @@ def _conditions(request: EvaluationRequest, questions: Sequence[Question]) -> li
   return [name for name in known if not request.conditions or name in request.conditions]
 
 
-def _rewritten(request: EvaluationRequest, questions: Sequence[Question]) -> list[Question]:
-  """The questions with the prompts that the request's rewriters make."""
+def _rewritten(rewriters: Mapping[str, Rewriter], questions: Sequence[Question]) -> list[Question]:
+  """The questions with the prompts that rewriters make, by condition."""
   found = list(questions)
-  for condition, rewriter in request.rewriters.items():
+  for condition, rewriter in rewriters.items():
     texts = rewriter([question.implicit for question in questions])
     for row, text in enumerate(texts):
       if text:
         prompts = {**found[row].prompts, condition: text}
         found[row] = dataclasses.replace(found[row], prompts=prompts)
   return found
-
-
-def _checker(scorer: Scorer | None):
-  """What refuses a model whose pictures the scorer cannot look at."""
-
-  def check(experiment: Experiment, size: tuple[int, int], model: str) -> None:
-    if scorer is None or scorer.size is None:
-      return
-    if experiment.world.pictures is None:
-      raise UserError(
-        f'--model={model}: no judge knows what its pictures should show, as its data.world is '
-        f'{experiment.config.data.world!r}; take --scorer=clip_score with --scorer_model, or '
-        '--scorer=none to draw only.'
-      )
-    if size != scorer.size:
-      raise UserError(
-        f'--model={model} draws pictures of {size[0]} x {size[1]} pixels, but the judge knows '
-        f'those of {scorer.size[0]} x {scorer.size[1]} only: `sample` can draw with this model, '
-        'nothing can score it.'
-      )
-
-  return check

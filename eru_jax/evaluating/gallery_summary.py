@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eru_jax.benchmarks.base import Protocol
-from eru_jax.evaluating.results import shown
+from eru_jax.evaluating.results import asked_lines, shown
 from eru_jax.training.report_scores import STAGES, text
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def title_of(model: str) -> str:
 def summary(evaluated: 'Evaluated', result: Mapping[str, Any]) -> str:
   """HTML of everything above the pictures."""
   parts = [f'<p class="quiet">{_sets(evaluated, result)}</p>']
+  parts += [f'<p class="quiet">{text(line.strip())}</p>' for line in asked_lines(result)]
   if evaluated.protocol is None:
     return ''.join(parts) + '<p>Nobody has scored these pictures.</p>'
   parts.append(f'<p>{text(evaluated.benchmark.about)}</p>' if evaluated.benchmark.about else '')

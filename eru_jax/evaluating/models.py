@@ -16,7 +16,6 @@ from eru_jax.evaluating.drawing import Picture
 from eru_jax.evaluating.request import EvaluationRequest
 from eru_jax.files import replace_file
 from eru_jax.training.config import MODEL_NAMES, model_path
-from eru_jax.training.experiment import Experiment
 from eru_jax.training.restore import open_model, read_config, snapshots
 from eru_jax.training.sampling import overridden
 
@@ -39,7 +38,8 @@ class Task:
     conditions: which of their prompts every model draws.
     first_only: conditions that the first model draws besides.
     images_per_prompt: pictures of each.
-    check: (experiment, (height, width), --model) raises UserError if nothing could score them.
+    ready: called once there is something to draw, before a model is read; raises UserError if
+      nothing could score it.
   """
 
   request: EvaluationRequest
@@ -48,7 +48,7 @@ class Task:
   conditions: Sequence[str]
   first_only: Sequence[str]
   images_per_prompt: int
-  check: Callable[[Experiment, tuple[int, int], str], None]
+  ready: Callable[[], None] | None = None
 
   def wanted(self, first: bool) -> list[Picture]:
     """The pictures of a model."""
@@ -65,6 +65,32 @@ def model_names(models: Sequence[str]) -> list[str]:
     counts[name] += 1
     names.append(f'{name} ({counts[name]})' if counts[name] > 1 else name)
   return names
+
+
+def check_world(request: EvaluationRequest) -> None:
+  """Looks at the configs alone, before encoders and weights are read.
+
+  Raises:
+    UserError: if a model draws what no pictures are known of.
+  """
+  for model in request.models:
+    world = read_config(model)[0].data.world
+    if world != 'emoji':
+      raise UserError(
+        f'--model={model}: no judge knows what its pictures should show, as its data.world is '
+        f'{world!r}: take --benchmark=science_t2i or wise, --scorer=clip_score with '
+        '--scorer_model, or --scorer=none to draw only.'
+      )
+
+
+def model_sizes(request: EvaluationRequest) -> list[tuple[str, tuple[int, int]]]:
+  """Each --model and the (height, width) that it will draw, from configs and headers alone.
+
+  Raises:
+    UserError: for a bad model or flag.
+  """
+  drawn = [(model, overridden(request, read_config(model)[0])[1]) for model in request.models]
+  return [(model, (one.height, one.width)) for model, one in drawn]
 
 
 def draw_models(task: Task) -> dict[str, list[Picture]]:
@@ -105,8 +131,9 @@ def _draw(task: Task, model: str, name: str, seen: dict[str, str], first: bool) 
   size = (described.height, described.width)
   conditions = [*task.conditions, *task.first_only]
   prompts = [q.prompts[c] for q in task.questions for c in conditions if c in q.prompts]
+  if task.ready is not None:
+    task.ready()
   experiment, base, workdir = open_model(model, prompts, request.mesh, **overrides)
-  task.check(experiment, size, model)
   labels: list[str] = []
   for stage, snapshot in snapshots(experiment, base, workdir):
     if request.stages and stage not in request.stages:

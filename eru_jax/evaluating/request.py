@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from eru_jax.judges.service import Service
+
 # Other words for prompts: None for one that could not be rewritten.
 Rewriter = Callable[[Sequence[str]], Sequence[str | None]]
 
@@ -12,6 +14,8 @@ class EvaluationRequest:
   """The flags of `evaluate`, see there.
 
   Attributes:
+    judge: looks at the pictures, if it is asked over HTTP.
+    rewriter: makes prompts of the implicit ones, over HTTP: as `rewriters`.
     rewriters: condition -> what makes its prompts of the implicit ones. They are drawn with the
       first model alone, as a rival of the others.
   """
@@ -35,4 +39,6 @@ class EvaluationRequest:
   width: int | None = None
   dtype: str | None = None
   batch_size: int | None = None
+  judge: Service | None = None
+  rewriter: Service | None = None
   rewriters: Mapping[str, Rewriter] = dataclasses.field(default_factory=dict)

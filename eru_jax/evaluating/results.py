@@ -10,8 +10,10 @@ import numpy as np
 
 from eru_jax.benchmarks.base import Protocol, Question
 from eru_jax.evaluating.aggregation import aggregate, comparisons, ratios
+from eru_jax.evaluating.anchors import write_anchors
 from eru_jax.evaluating.drawing import directory_of
 from eru_jax.files import replace_file
+from eru_jax.judges.summary import Summary
 from eru_jax.training.pictures import image_grid, save_png
 
 if TYPE_CHECKING:
@@ -27,11 +29,12 @@ def collect(evaluated: 'Evaluated') -> dict[str, Any]:
   """Everything that is told, as JSON data.
 
   Returns:
-    {'benchmark', 'scorer', 'seed', 'questions', 'sets': {split: {'questions', 'asked',
-    'edition'}}, 'stages': {model: {condition: as `aggregation.aggregate` tells}}, 'splits':
-    {split: {model: {condition: ...}}} where there are several, 'comparisons', 'ratios', 'pairs':
-    [{'id', 'implicit', 'explicit', '<model> <condition>': what its first picture is worth, or what
-    it shows}]}. Without a scorer, scores are None.
+    {'benchmark', 'scorer', 'judge' and 'rewriter' (who was asked over HTTP: 'model', 'url', 'total'
+    and more of `judges.summary.Summary`), 'seed', 'questions', 'sets': {split: {'questions',
+    'asked', 'edition'}}, 'stages': {model: {condition: as `aggregation.aggregate` tells}},
+    'splits': {split: {model: {condition: ...}}} where there are several, 'comparisons', 'ratios',
+    'pairs': [{'id', 'implicit', 'explicit', '<model> <condition>': what its first picture is worth,
+    or what it shows}]}. Without a scorer, scores are None.
   """
   values = evaluated.values()
   everything = list(range(len(evaluated.questions)))
@@ -43,6 +46,7 @@ def collect(evaluated: 'Evaluated') -> dict[str, Any]:
   result: dict[str, Any] = {
     'benchmark': evaluated.benchmark.name,
     'scorer': evaluated.scorer.name if evaluated.scorer else None,
+    **_asked(evaluated),
     'seed': evaluated.seed,
     'questions': len(evaluated.questions),
     'sets': {
@@ -65,6 +69,33 @@ def collect(evaluated: 'Evaluated') -> dict[str, Any]:
     result['ratios'] = ratios(*arguments)
   result['pairs'] = _pairs(evaluated, values)
   return result
+
+
+def _asked(evaluated: 'Evaluated') -> dict[str, Any]:
+  """What was asked over HTTP, with what it cost."""
+  told = {}
+  if evaluated.scorer is not None and evaluated.scorer.told is not None:
+    told['judge'] = evaluated.scorer.told()
+  if evaluated.rewriting is not None:
+    told['rewriter'] = evaluated.rewriting.told()
+  return told
+
+
+def asked_lines(result: Mapping[str, Any]) -> list[str]:
+  """What was asked over HTTP, for people: a line each, and one for each reason of a failure."""
+  lines = []
+  for who, verb in (('rewriter', 'rewritten'), ('judge', 'scored')):
+    if who in result:
+      told = result[who]
+      text = Summary(**told['total']).describe(verb)
+      lines += f'{who} {told["model"]} at {told["url"]}: {text}'.split('\n')
+      if told.get('per_prompt'):
+        each = told['per_prompt']
+        line = f'{each["seconds"]:.2f} s (median {each["median_seconds"]:.2f} s) and '
+        line += f'{each["prompt_tokens"]:.0f} + {each["completion_tokens"]:.0f} tokens'
+        line += f', cost {each["cost"]:.2g},' if 'cost' in each else ''
+        lines.append(f'  {line} for each rewritten prompt, at every use of the model')
+  return lines
 
 
 def _edition(evaluated: 'Evaluated', split: str) -> str | None:
@@ -94,6 +125,10 @@ def _pairs(
   evaluated: 'Evaluated', values: Mapping[str, Mapping[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
   records = [{'id': question.id, **question.prompts} for question in evaluated.questions]
+  took = evaluated.rewriting.by_prompt() if evaluated.rewriting else {}
+  for record in records:
+    if record['implicit'] in took:
+      record['rewriting'] = took[record['implicit']]
   say = evaluated.scorer.say if evaluated.scorer else None
   for model, pictures in evaluated.pictures.items() if evaluated.protocol else ():
     for index, picture in enumerate(pictures):
@@ -106,7 +141,7 @@ def _pairs(
 
 
 def write(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:
-  """Writes evaluation.json, summary.csv and pictures.csv; and grid.png of the emoji world.
+  """Writes evaluation.json and tables; of CLIP, reward anchors; of the emoji world, grid.png.
 
   Raises:
     UserError: if they cannot be written.
@@ -116,6 +151,7 @@ def write(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:
   replace_file(output / 'evaluation.json', text.encode())
   replace_file(output / 'summary.csv', _csv(_summary_rows(result)))
   replace_file(output / 'pictures.csv', _csv(_picture_rows(evaluated)))
+  write_anchors(evaluated)
   if evaluated.scorer is not None and evaluated.scorer.targets is not None:
     _write_grid(evaluated, evaluated.scorer.targets)
 
@@ -218,6 +254,8 @@ def tell(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:
     name = ' '.join(text for text in (evaluated.benchmark.title, split) if text)
     edition = told['edition'] or f'{told["questions"]} questions'
     print(f'{name}: {edition}{part}')
+  for line in asked_lines(result):
+    print(line)
   if protocol is None:
     return
   for model, conditions in result['stages'].items():

@@ -1,4 +1,4 @@
-"""What looks at pictures: the emoji world's judge, and CLIP; judges over HTTP are plugged in here.
+"""What looks at pictures: the emoji world's judge, and CLIP; `judging` has judges over HTTP.
 
 A scorer is a function of pictures and their questions. None says that a picture could not be
 scored; nothing here makes a number of that.
@@ -21,6 +21,8 @@ from eru_jax.benchmarks.base import Question
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 
+# The scorer that looks for pictures it knows, those of a world.
+KNOWN_PICTURES = 'emoji'
 # Pictures in one call of a scorer.
 BATCH = 32
 
@@ -35,18 +37,24 @@ class Scorer:
     name: among the protocols of the benchmark.
     identity: what scores depend on beside picture and question: another identity, other scores.
     score: (pictures (N, H, W, 3) uint8, their N questions) -> a score or None for each.
+    files: in its place, (a model's files, their questions, what the model is called) -> the same.
     say: score -> what people are told that the picture shows, or None.
     targets: a right answer's picture by question, (H, W, 3) uint8, or None.
     size: (height, width) of the pictures that it can look at, or None for any.
+    ready: called before anything is drawn; raises UserError if it could not score.
+    told: () -> what its work came to, as JSON data.
     keep: whether the evaluator keeps its scores; not of one that keeps them itself.
   """
 
   name: str
   identity: str
-  score: Callable[[np.ndarray, list[Question]], Sequence[Score]]
+  score: Callable[[np.ndarray, list[Question]], Sequence[Score]] | None = None
+  files: Callable[[Sequence[pathlib.Path], list[Question], str], Sequence[Score]] | None = None
   say: Callable[[Mapping[str, float]], str] | None = None
   targets: Callable[[Question], np.ndarray] | None = None
   size: tuple[int, int] | None = None
+  ready: Callable[[], None] | None = None
+  told: Callable[[], Mapping[str, Any]] | None = None
   keep: bool = True
 
 
@@ -73,9 +81,12 @@ def open_scorer(
     return _clip(name, model, mesh)
   if model is not None:
     raise UserError(f'--scorer_model is given, but --scorer={name} reads none: leave it out.')
-  if name == 'emoji':
+  if name == KNOWN_PICTURES:
     return _emoji(questions, source)
-  raise UserError(f'--scorer={name} is a judge: name it, or take another --scorer.')
+  raise UserError(
+    f'--scorer={name} is a judge: give --judge=URL and --judge_model=NAME, or --scorer=none to '
+    'draw only.'
+  )
 
 
 def _emoji(questions: Sequence[Question], source: str) -> Scorer:

@@ -53,7 +53,7 @@ def score_pictures(
   questions: Sequence[Question],
   pictures: Sequence[Picture],
   kept: ScoreFile,
-  title: str,
+  model: str,
 ) -> list[Score]:
   """A score or None for each picture, in order.
 
@@ -64,14 +64,18 @@ def score_pictures(
     questions: of the benchmark.
     pictures: which have been drawn.
     kept: scores of before.
-    title: what progress is called.
+    model: what the model is called.
 
   Raises:
     UserError: if a file is no picture, or scores cannot be written.
   """
+  if scorer.files is not None:
+    files = [directory / picture.file for picture in pictures]
+    asked = [questions[picture.row] for picture in pictures]
+    return [None if one is None else dict(one) for one in scorer.files(files, asked, model)]
   scores: list[Score] = [None] * len(pictures)
   waiting: dict[tuple[int, ...], list[tuple[int, str, np.ndarray]]] = {}
-  with Progress(len(pictures), title) as progress:
+  with Progress(len(pictures), f'{model}: {scorer.name}') as progress:
 
     def flush(batch: list[tuple[int, str, np.ndarray]]) -> None:
       asked = [questions[pictures[index].row] for index, _, _ in batch]

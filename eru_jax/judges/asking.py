@@ -92,9 +92,9 @@ def ask(
       failed = 0 if answer.value is not None else failed + 1
       if failed >= GIVE_UP:
         raise UserError(
-          f'The judge at {client.config.url} left {failed} questions in a row unanswered, the last '
-          f'because: {answer.reason}. Mend that and run the same command again; what is answered '
-          'is kept.'
+          f'The {client.config.role} at {client.config.url} left {failed} questions in a '
+          f'row unanswered, the last because: {answer.reason}. Mend that and run the same command '
+          'again; what is answered is kept.'
         )
       if told is not None:
         told(done, len(questions))

@@ -7,6 +7,7 @@ no answer more memory than its limit, whatever the server sends.
 """
 
 import base64
+import copy
 import dataclasses
 import email.utils
 import json
@@ -19,7 +20,7 @@ from typing import Any
 
 from eru_jax.errors import UserError
 from eru_jax.judges.connection import Halt, Lost, post
-from eru_jax.judges.settings import KEYS, PATH, ChatConfig, find_key
+from eru_jax.judges.settings import PATH, ChatConfig, find_key, key_name
 
 # A server that asks for more patience than this is not waited for.
 _LONGEST_RETRY_AFTER = 300.0
@@ -29,7 +30,7 @@ _QUOTED = 200
 _PASSING = (408, 409, 425, 429)
 _FATAL = {
   401: 'set {key} to a valid key',
-  402: 'the account has no credit left: top it up, or use another judge',
+  402: 'the account has no credit left: top it up, or use another model',
   403: 'this key may not use the model {model!r}: use another key or model',
   404: (
     'check the address, which usually ends in /v1, and the model {model!r}: '
@@ -92,9 +93,15 @@ class ChatClient:
       UserError: if it is none.
     """
     self.config = config
-    self._key = find_key(config.url, environment)
+    self._key = find_key(config.url, environment, config.role)
     self._random = random.Random()
     self._not_before = 0.0
+
+  def impatient(self, attempts: int) -> 'ChatClient':
+    """The same, which sends a request so often at most."""
+    other = copy.copy(self)
+    other.config = dataclasses.replace(self.config, attempts=min(attempts, self.config.attempts))
+    return other
 
   def complete(self, messages: Sequence[Mapping[str, Any]], halt: Halt | None = None) -> Reply:
     """Sends messages until they are answered.
@@ -153,8 +160,8 @@ class ChatClient:
     elif status == 429 and _error(data).get('code') == 'insufficient_quota':
       what = _FATAL[402]
     if what is not None:
-      what = what.format(key=KEYS[0], model=config.model, url=config.url)
-      raise UserError(f'The judge at {config.url} answers {reason.rstrip(".")}: {what}.')
+      what = what.format(key=key_name(config.role), model=config.model, url=config.url)
+      raise UserError(f'The {config.role} at {config.url} answers {reason.rstrip(".")}: {what}.')
     if status < 500 and status not in _PASSING:
       raise Unanswered(f'refused with {reason}', requests)
 

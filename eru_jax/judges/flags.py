@@ -7,7 +7,8 @@ from absl import flags
 
 from eru_jax.errors import UserError
 from eru_jax.judges.chat import ChatClient
-from eru_jax.judges.settings import KEYS, ChatConfig
+from eru_jax.judges.service import Service
+from eru_jax.judges.settings import SHARED_KEY, ChatConfig, key_name
 from eru_jax.judges.summary import parse_price
 
 
@@ -36,8 +37,18 @@ class ChatFlags:
     if not self.value('model'):
       raise UserError(f'--{self.name} is given, but no --{self.name}_model=NAME.')
     options = ('model', 'timeout', 'concurrency', 'max_tokens', 'detail', 'extra')
-    config = ChatConfig(self.value(), **{option: self.value(option) for option in options})
+    values = {option: self.value(option) for option in options}
+    config = ChatConfig(self.value(), role=self.name, **values)
     return ChatClient(config)
+
+  def service(self) -> Service | None:
+    """That with its instructions and prices; None if the flags name none.
+
+    Raises:
+      UserError: as `client` and `price`.
+    """
+    client = self.client()
+    return client and Service(client, self.value('prompt') or '', self.price())
 
   def price(self) -> tuple[float, float] | None:
     """Of a million tokens, read and written.
@@ -60,7 +71,8 @@ def define_chat(name: str, what: str) -> ChatFlags:
   holders = {
     '': text(
       name, None, f'Base URL of an OpenAI-compatible server that {what}, such as '
-      f'http://127.0.0.1:8000/v1. Its key, if it needs one, is ${KEYS[0]}, or else ${KEYS[1]}.'
+      f'http://127.0.0.1:8000/v1. Its key, if it needs one, is ${key_name(name)}, or else '
+      f'${SHARED_KEY}.'
     ),
     'model': text(f'{name}_model', None, 'Name of the model there.'),
     'prompt': text(f'{name}_prompt', None, 'File of instructions to use in place of ours, with '

@@ -10,7 +10,8 @@ from typing import Any
 
 from eru_jax.errors import UserError
 
-KEYS = ('ERU_JAX_JUDGE_KEY', 'OPENAI_API_KEY')
+# Whose key is looked at where there is none of one's own.
+SHARED_KEY = 'OPENAI_API_KEY'
 DETAILS = ('auto', 'low', 'high')
 PATH = '/chat/completions'
 
@@ -32,6 +33,7 @@ class ChatConfig:
       {"max_tokens": null, "max_completion_tokens": 4096}.
     first_wait: seconds before the second attempt; the wait doubles with each.
     longest_wait: and ends here.
+    role: what errors call it, its flags begin with, and its key: 'judge', $ERU_JAX_JUDGE_KEY.
   """
 
   url: str
@@ -45,11 +47,14 @@ class ChatConfig:
   extra: str = ''
   first_wait: float = 1.0
   longest_wait: float = 60.0
+  role: str = 'judge'
 
   def __post_init__(self):
-    object.__setattr__(self, 'url', _base_url(self.url))
+    object.__setattr__(self, 'url', _base_url(self.url, self.role))
     if not self.model.strip():
-      raise UserError(f'The judge at {self.url} needs the name of a model: give --judge_model.')
+      raise UserError(
+        f'The {self.role} at {self.url} needs the name of a model: give --{self.role}_model.'
+      )
     rules = {
       'timeout': (self.timeout > 0, 'positive'),
       'attempts': (self.attempts >= 1, 'at least 1'),
@@ -61,7 +66,8 @@ class ChatConfig:
     }
     for name, (valid, wanted) in rules.items():
       if not valid:
-        raise UserError(f'The judge’s {name} is {getattr(self, name)!r} but must be {wanted}.')
+        value = getattr(self, name)
+        raise UserError(f'The {self.role}’s {name} is {value!r} but must be {wanted}.')
     self.extra_fields()
 
   def extra_fields(self) -> dict[str, Any]:
@@ -76,8 +82,8 @@ class ChatConfig:
       fields = None
     if not isinstance(fields, dict) or fields.keys() & {'model', 'messages', 'stream', 'n'}:
       raise UserError(
-        f'The judge’s extra fields are {self.extra!r} but must be a JSON object without model, '
-        'messages, stream and n.'
+        f'The {self.role}’s extra fields are {self.extra!r} but must be a JSON object without '
+        'model, messages, stream and n.'
       )
     return fields
 
@@ -87,7 +93,12 @@ class ChatConfig:
     return {name: getattr(self, name) for name in names} | {'extra': self.extra_fields()}
 
 
-def _base_url(url: str) -> str:
+def key_name(role: str) -> str:
+  """The environment variable of a key: 'judge' -> 'ERU_JAX_JUDGE_KEY'."""
+  return f'ERU_JAX_{role.upper()}_KEY'
+
+
+def _base_url(url: str, role: str) -> str:
   """The address without what is added to it.
 
   Raises:
@@ -97,36 +108,35 @@ def _base_url(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     parts.port  # noqa: B018  reading it checks it
   except ValueError as error:
-    raise UserError(f'The judge’s address {url!r} is no URL ({error}).') from error
+    raise UserError(f'The {role}’s address {url!r} is no URL ({error}).') from error
   if parts.scheme not in ('http', 'https') or not parts.hostname or re.search(r'[^!-~]', url):
     raise UserError(
-      f'The judge’s address {url!r} is no http:// or https:// URL: give the base address of an '
+      f'The {role}’s address {url!r} is no http:// or https:// URL: give the base address of an '
       'OpenAI-compatible server, such as http://127.0.0.1:8000/v1.'
     )
   if parts.username is not None or parts.query or parts.fragment:
     # Not quoted: what is there may be secret.
     raise UserError(
-      f'The judge’s address at {parts.hostname} must have no user, password, ? or #: give a key '
-      f'as {KEYS[0]} in the environment.'
+      f'The {role}’s address at {parts.hostname} must have no user, password, ? or #: give a key '
+      f'as {key_name(role)} in the environment.'
     )
   return url.rstrip('/').removesuffix(PATH).rstrip('/')
 
 
-def find_key(url: str, environment: Mapping[str, str]) -> str:
+def find_key(url: str, environment: Mapping[str, str], role: str = 'judge') -> str:
   """The key for a server, '' if there is none.
 
-  $ERU_JAX_JUDGE_KEY, or else $OPENAI_API_KEY, which was not meant for this server, and so goes over
-  https or to this machine only.
+  That of its role, or else $OPENAI_API_KEY, which was not meant for this server, and so goes over
+  https or to this machine only. A judge's key never goes to a rewriter, nor the other way round.
 
   Raises:
     UserError: if it holds what no header may.
   """
-  own, shared = (environment.get(name, '').strip() for name in KEYS)
+  own, shared = (environment.get(name, '').strip() for name in (key_name(role), SHARED_KEY))
   key = own or (shared if url.startswith('https:') or is_local(url) else '')
   if not re.fullmatch('[!-~]*', key):
-    raise UserError(
-      f'{KEYS[0] if own else KEYS[1]} holds characters that no key has: set it to the key alone.'
-    )
+    name = key_name(role) if own else SHARED_KEY
+    raise UserError(f'{name} holds characters that no key has: set it to the key alone.')
   return key
 
 

@@ -85,6 +85,18 @@ class Summary:
     return text
 
 
+def total(parts: Sequence[Summary]) -> Summary:
+  """Several as one; its costs are None if one of theirs is."""
+
+  def added(name: str) -> Any:
+    values = [getattr(part, name) for part in parts]
+    return None if None in values else sum(values)
+
+  names = [field.name for field in dataclasses.fields(Summary) if field.name != 'reasons']
+  reasons = sum((collections.Counter(part.reasons) for part in parts), collections.Counter())
+  return Summary(reasons=dict(reasons), **{name: added(name) for name in names})
+
+
 def parse_price(text: str) -> tuple[float, float]:
   """Prices of a million tokens that are read and written, from 'IN,OUT'.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from eru_jax.errors import UserError
 from eru_jax.judges.asking import KEY, Question, ask, identity_of
 from eru_jax.judges.chat import ChatClient
 from eru_jax.judges.journal import Journal
@@ -68,6 +69,24 @@ def open_journal(path: str | os.PathLike) -> Journal:
     UserError: if it cannot be read.
   """
   return Journal(path, KEY)
+
+
+def check_judge(client: ChatClient, protocol: Protocol) -> None:
+  """Has one grey picture judged, before hours of other work.
+
+  Raises:
+    UserError: if the judge cannot: it is not there, refuses the key, or sees no pictures.
+  """
+  grey = 'a square of one shade of grey'
+  values = {'prompt': 'a grey square', 'explanation': grey}
+  values |= {'scene': f'1 if there is {grey}', 'reality': f'3 if all of it is {grey}'}
+  item = Item('check', np.full((64, 64, 3), 128, np.uint8), values)
+  (verdict,), _ = judge_pictures(client, protocol, [item])
+  if verdict.score is None:
+    raise UserError(
+      f'The judge {client.config.model!r} at {client.config.url} could not judge a picture '
+      f'({verdict.reason}): see that it runs, sees pictures and answers as asked.'
+    )
 
 
 def judge_pictures(

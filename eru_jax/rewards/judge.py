@@ -18,6 +18,7 @@ from eru_jax.data.emoji_knowledge import PairTable
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory
+from eru_jax.judges import verdicts
 from eru_jax.judges.chat import ChatClient
 from eru_jax.judges.protocols import PROTOCOLS, Protocol, protocol
 from eru_jax.judges.settings import ChatConfig
@@ -97,15 +98,7 @@ def check_judge(config: JudgeConfig) -> None:
   Raises:
     UserError: if the judge cannot.
   """
-  client, asked = config.opened()
-  values = {'prompt': 'a grey square', 'explanation': 'a square of one shade of grey'}
-  item = Item('check', np.full((64, 64, 3), 128, np.uint8), values)
-  (verdict,), _ = judge_pictures(client, asked, [item])
-  if verdict.score is None:
-    raise UserError(
-      f'The judge {config.model!r} at {config.url} could not judge a picture ({verdict.reason}): '
-      'see that it runs, sees pictures and answers as asked.'
-    )
+  verdicts.check_judge(*config.opened())
 
 
 class JudgeReward:
@@ -160,11 +153,11 @@ class JudgeReward:
       pair = self._pairs[row]
       values = {'prompt': pair.implicit, 'explanation': pair.explicit}
       items.append(Item(pair.id or pair.implicit, image, values))
-    verdicts, summary = judge_pictures(self._client, self._protocol, items, self._journal)
+    found, summary = judge_pictures(self._client, self._protocol, items, self._journal)
     if summary.unanswered:
       logging.warning('The judge: %s', summary.describe('scored'))
-    self._check_scored([verdict.score is None for verdict in verdicts], summary.reasons)
-    return [verdict.score for verdict in verdicts]
+    self._check_scored([verdict.score is None for verdict in found], summary.reasons)
+    return [verdict.score for verdict in found]
 
   def _check_scored(self, unscored: Sequence[bool], reasons: dict[str, int]) -> None:
     window, limit = max(_WINDOW, len(unscored)), self._config.max_unscored

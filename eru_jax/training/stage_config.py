@@ -261,6 +261,8 @@ class NoRlStageConfig(StageConfig):
       layout, or 'tiny_clip', a tiny random one.
     reward_anchors: '' or a JSON Lines file that gives every prompt its own reward_low and
       reward_high, see `rewards.anchors`; the reward is then in [0, 1] already.
+    doubtful: categories of pairs, such as laws of Science-T2I, whose rewards are not to be trusted.
+    doubtful_weight: what they weigh, 0 to 1; with 0 their pairs are left out of NO-RL.
     reward_scale: 'absolute', between reward_low and reward_high, or 'group', against the other
       pictures of the prompt.
     advantage_clip: with 'group', the normalised advantage that counts as certainly right.
@@ -300,6 +302,8 @@ class NoRlStageConfig(StageConfig):
   judge: JudgeConfig = JudgeConfig()
   reward_model: str = ''
   reward_anchors: str = ''
+  doubtful: tuple[str, ...] = ()
+  doubtful_weight: float = 0.0
   reward_scale: str = 'absolute'
   advantage_clip: float = 5.0
   drop_solved: bool = False
@@ -345,6 +349,10 @@ class NoRlStageConfig(StageConfig):
       reward_model=(
         bool(self.reward_model) == (self.reward in SCORES),
         "the directory of a CLIPModel for 'clip_score' and 'sci_score', and '' for others",
+      ),
+      doubtful_weight=(
+        0 <= self.doubtful_weight <= (self.variant != 'negatives_subset'),
+        "in [0, 1], and 0 for 'negatives_subset', which knows no weights",
       ),
       reward_scale=one_of(self.reward_scale, no_rl_variants.REWARD_SCALES),
       advantage_clip=(self.advantage_clip > 0, 'positive'),

@@ -14,6 +14,7 @@ from eru_jax.losses import policy_gradient
 from eru_jax.rewards.anchors import anchored, read_anchors
 from eru_jax.rewards.base import HostReward, Reward
 from eru_jax.rewards.clip import describe_clip_reward, load_clip_reward, read_clip_directory
+from eru_jax.rewards.doubt import believed
 from eru_jax.rewards.emoji import EmojiReward
 from eru_jax.rewards.judge import check_judge, judge_reward
 from eru_jax.training.batches import Rows
@@ -97,7 +98,9 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   if not experiment.prompts('train'):
     raise UserError('no_rl: there is no pair with split "train" to learn from.')
   splits = experiment.world.splits
-  tables = {'implicit': splits['train'], 'explicit': splits['explicit']}
+  tables, trust = {}, {}
+  for name, split in (('implicit', 'train'), ('explicit', 'explicit')):
+    tables[name], trust[name] = believed(splits[split], config.doubtful, config.doubtful_weight)
   rows = {
     name: experiment.text.index([pair.implicit for pair in table.pairs])
     for name, table in tables.items()
@@ -105,6 +108,12 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   explicit_prompts = round(config.explicit_share * config.prompts_per_step)
   counts = {'implicit': config.prompts_per_step - explicit_prompts, 'explicit': explicit_prompts}
   drawn = [name for name in tables if counts[name]]
+  if config.doubtful and not all(tables[name].pairs for name in drawn):
+    raise UserError(
+      f'no_rl: every training pair is of no_rl.doubtful = {", ".join(config.doubtful)}: name fewer '
+      'categories, or set no_rl.doubtful_weight.'
+    )
+  weighted = any((trust[name] != 1).any() for name in drawn)
 
   # Both only if there is anything left to train, as a CLIP takes its time.
   @functools.cache
@@ -139,7 +148,11 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     picked, answers = jax.tree.map(
       lambda x: np.repeat(x[order], config.images_per_prompt, axis=0), (picked, answers)
     )
-    return {'text': Rows(experiment.text.take, picked), 'answer': answers}
+    batch = {'text': Rows(experiment.text.take, picked), 'answer': answers}
+    if weighted:
+      each = np.concatenate([trust[name][index[name]] for name in drawn])[order]
+      batch['trust'] = np.repeat(each, config.images_per_prompt)
+    return batch
 
   def policy_field(frozen, params):
     """The field that draws the pictures. Under guidance that is the guided one, in the loss too:
@@ -191,9 +204,11 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
       row = row + size * jnp.arange(parts)[:, None]
       examples, row, score = joined_leading((examples, row, score))
     examples['text'] = unstacked(prompts, row) if variant.on_steps else prompts
+    trusted = {name: batch[name] for name in ('trust',) if name in batch}
     if on_host:
-      return {'examples': examples, 'row': row, 'images': score, 'answer': batch['answer']}, {}
-    examples |= unstacked(variants.ratings(score, config), row)
+      answer = batch['answer']
+      return {'examples': examples, 'row': row, 'images': score, 'answer': answer, **trusted}, {}
+    examples |= unstacked(variants.ratings(score, config, **trusted), row)
     return examples, {'reward': jnp.mean(score)}
 
   def ask(prepared):
@@ -202,7 +217,8 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
   def rate(prepared, found):
     """Examples of the pictures with what the host has found of them."""
     score, known = found
-    rated = unstacked(variants.ratings(score, config, known), prepared['row'])
+    ratings = variants.ratings(score, config, known, prepared.get('trust'))
+    rated = unstacked(ratings, prepared['row'])
     mean = jnp.sum(score * known) / jnp.maximum(jnp.sum(known), 1)
     return prepared['examples'] | rated, {'reward': mean, 'unscored': 1 - jnp.mean(known)}
 

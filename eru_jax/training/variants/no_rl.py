@@ -52,7 +52,7 @@ class Examples:
     r: (B,) optimality probability of the picture.
     advantage: (B,) how much better than expected it is; negative where it is wrong.
     weight: (B,) 0 for pictures without a reward, and for those of prompts that are solved, if
-      these are dropped; else 1.
+      these are dropped; else 1, or `doubtful_weight`.
     x_0: (B, S, C) pictures, for variants that noise them again; else None.
     noise: (B, S, C) what they are noised with, or None.
     t: (B,) and how strongly, or None.
@@ -72,7 +72,10 @@ class Examples:
 
 
 def ratings(
-  score: jax.Array, config: 'NoRlStageConfig', known: jax.Array | None = None
+  score: jax.Array,
+  config: 'NoRlStageConfig',
+  known: jax.Array | None = None,
+  trust: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
   """What rewards say of pictures, those of a prompt next to each other.
 
@@ -80,6 +83,7 @@ def ratings(
     score: (N,) rewards.
     config: their scale.
     known: (N,), 0 where there is no reward, else 1; None if there is one for every picture.
+    trust: (N,), what each reward weighs, above 0; None for 1.
 
   Returns:
     `r`, `advantage` and `weight`, (N,) each. A picture without a reward is neither right nor wrong,
@@ -99,6 +103,8 @@ def ratings(
   if known is not None:
     r, advantage = jnp.where(known > 0, r, 0.5), jnp.where(known > 0, advantage, 0)
     weight = weight * known
+  if trust is not None:
+    weight = weight * trust.reshape(groups.shape)
   return {'r': r.reshape(-1), 'advantage': advantage.reshape(-1), 'weight': weight.reshape(-1)}
 
 
