@@ -10,7 +10,7 @@ import numpy as np
 import processes
 import pytest
 
-from eru_jax import distributed, sharding
+from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.sharding import MeshConfig
 from eru_jax.training import watch
@@ -203,39 +203,6 @@ def test_a_checksum_does_not_depend_on_how_an_array_is_split():
   assert _part(swapped, (0, 0), large.shape) != expected
   large[2, 99_999] += 1
   assert _part(large, (0, 0), large.shape) != expected
-
-
-def test_processes_are_named_by_the_environment(monkeypatch):
-  names = (distributed.COORDINATOR, distributed.COUNT, distributed.INDEX)
-
-  def read(*values):
-    return distributed._from_environment(dict(zip(names, values, strict=True)))
-
-  assert distributed._from_environment({}) is None and read('host:1234', '1', '0') is None
-  assert read('host:1234', '4', '3') == {
-    'coordinator_address': 'host:1234',
-    'num_processes': 4,
-    'process_id': 3,
-    'cluster_detection_method': 'deactivate',
-  }
-  for wrong in (('host', '4', '3'), ('host:1', '4', '4'), ('host:1', '', ''), ('', '2', '0')):
-    with pytest.raises(UserError, match='ERU_JAX_COORDINATOR is .*: give host:port'):
-      read(*wrong)
-  monkeypatch.setattr(distributed.glob, 'glob', lambda pattern: [])
-  assert not distributed._is_launched({'SLURM_STEP_NUM_TASKS': '1', 'TPU_WORKER_HOSTNAMES': 'a'})
-  for name, value in (
-    ('SLURM_STEP_NUM_TASKS', '2'),
-    ('OMPI_COMM_WORLD_SIZE', '8'),
-    ('JAX_COORDINATOR_ADDRESS', 'host:1'),
-    ('MEGASCALE_COORDINATOR_ADDRESS', 'host'),
-    ('TPU_WORKER_HOSTNAMES', 'a,b'),
-  ):
-    assert distributed._is_launched({name: value})
-  # On a Cloud TPU VM the slice's machines are asked for.
-  monkeypatch.setattr(distributed.glob, 'glob', lambda pattern: ['/dev/accel0'])
-  for hosts in (1, 4):
-    monkeypatch.setattr(distributed, '_tpu_hosts', lambda hosts=hosts: hosts)
-    assert distributed._is_launched({}) == (hosts > 1)
 
 
 def test_rows_are_read_once_and_lie_where_the_batch_does():
