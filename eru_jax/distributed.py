@@ -6,101 +6,54 @@ anything, and `jax.distributed` is never started.
 """
 
 import contextlib
-import glob
-import itertools
 import json
 import os
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 
+from eru_jax import cluster
 from eru_jax.errors import UserError
 
 PyTree = Any
-COORDINATOR, COUNT, INDEX = 'ERU_JAX_COORDINATOR', 'ERU_JAX_NUM_PROCESSES', 'ERU_JAX_PROCESS_ID'
-# Set by launchers that JAX knows; the value says how many processes there are, or where.
-_COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-_PLACES = ('JAX_COORDINATOR_ADDRESS', 'MEGASCALE_COORDINATOR_ADDRESS')
-# A Cloud TPU VM learns from here which machines belong to its slice; nothing in its environment
-# says so.
-_METADATA = (
-  'http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints'
-)
 # Waiting ends earlier where a process fails, see `training.watch`.
 _LONG = 7 * 24 * 3600 * 1000
-_serial = itertools.count()
+# Joint decisions so far: all processes take them in the same order.
+_decisions = 0
 
 
 def initialize() -> None:
   """Joins the other processes of a run, if there are any; before JAX computes anything.
 
   ERU_JAX_COORDINATOR (host:port of process 0), ERU_JAX_NUM_PROCESSES and ERU_JAX_PROCESS_ID name
-  them. Without these, JAX finds the others by itself on TPU slices and under Slurm or Open MPI.
+  them. Without these, JAX finds the others by itself on TPU slices and under Slurm or Open MPI. A
+  process that waits for the others longer than ERU_JAX_START_SECONDS ends with status 1.
 
   Raises:
-    UserError: if the three variables do not go together, or the others cannot be reached.
+    UserError: if the variables do not go together, or the others cannot be found.
   """
-  given = _from_environment(os.environ)
-  if given is None and not _is_launched(os.environ):
+  given = cluster.from_environment(os.environ)
+  if given is None and (os.environ.get(cluster.COUNT) or not cluster.is_launched(os.environ)):
     return
   # Our own watch agrees on where to stop: JAX's would take SIGTERM away, and Orbax asks it too.
   jax.config.update('jax_enable_preemption_service', False)
+  seconds = cluster.start_seconds(os.environ)
+  if given is not None and given['process_id'] == 0:
+    cluster.check_port(given['coordinator_address'])
   try:
-    jax.distributed.initialize(**given or {})
-  except (RuntimeError, ValueError) as error:
+    with cluster.joining(seconds):
+      # JAX's own patience must not end first.
+      jax.distributed.initialize(**given or {}, initialization_timeout=int(seconds) + 60)
+  except (RuntimeError, ValueError, OSError) as error:
     lines = str(error).strip().splitlines()
     raise UserError(
       f'This process could not join the others of the run ({lines[0] if lines else error}): start '
-      f'one process a host, each with the same {COORDINATOR} (host:port of process 0) and '
-      f'{COUNT}, and with an {INDEX} of its own.'
+      f'one process a host, each with the same {cluster.COORDINATOR} (host:port of process 0) '
+      f'and {cluster.COUNT}, and with an {cluster.INDEX} of its own.'
     ) from error
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
-  """Arguments of jax.distributed.initialize, or None if the variables are not set."""
-  values = [environment.get(name, '') for name in (COORDINATOR, COUNT, INDEX)]
-  if not any(values):
-    return None
-  address, count, index = values
-  whole = count.isdecimal() and index.isdecimal()
-  if not address.rpartition(':')[2].isdecimal() or not whole or int(index) >= int(count):
-    raise UserError(
-      f'{COORDINATOR} is {address!r}, {COUNT} {count!r} and {INDEX} {index!r}: give host:port of '
-      'process 0, the number of processes, and the index of this one, from 0.'
-    )
-  if int(count) == 1:
-    return None
-  return {
-    'coordinator_address': address,
-    'num_processes': int(count),
-    'process_id': int(index),
-    'cluster_detection_method': 'deactivate',
-  }
-
-
-def _is_launched(environment: Mapping[str, str]) -> bool:
-  """Whether the environment, or the machine, says that there are other processes."""
-  if any(environment.get(name) for name in _PLACES):
-    return True
-  if any(int(environment.get(name, '1') or 1) > 1 for name in _COUNTS):
-    return True
-  if ',' in environment.get('TPU_WORKER_HOSTNAMES', ''):
-    return True
-  return bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*')) and _tpu_hosts() > 1
-
-
-def _tpu_hosts() -> int:
-  """Machines of the slice that this Cloud TPU VM belongs to; 1 anywhere else."""
-  request = urllib.request.Request(_METADATA, headers={'Metadata-Flavor': 'Google'})
-  try:
-    with urllib.request.urlopen(request, timeout=2) as response:
-      return response.read().decode().count(',') + 1
-  except OSError:
-    return 1
 
 
 def process_index() -> int:
@@ -128,13 +81,26 @@ def client() -> Any:
   return runtime.global_state.client
 
 
+def decisions() -> int:
+  """Joint decisions and barriers that this process has come to; who has fewer is waited for."""
+  return _decisions
+
+
+def _count() -> int:
+  global _decisions
+  _decisions += 1
+  return _decisions
+
+
 def agreed(decide: Callable[[], Any]) -> Any:
   """What process 0 decides, as JSON data; the others wait for it and never ask themselves."""
   if process_count() == 1:
     return decide()
-  key = f'eru_jax/agreed/{next(_serial)}'
+  # Made before it is counted: until then, the others wait for process 0.
+  decision = json.dumps(decide()) if is_main() else None
+  key = f'eru_jax/agreed/{_count()}'
   if is_main():
-    client().key_value_set(key, json.dumps(decide()))
+    client().key_value_set(key, decision)
   return json.loads(client().blocking_key_value_get(key, _LONG))
 
 
@@ -142,7 +108,7 @@ def all_true(value: bool) -> bool:
   """Whether the value is true in every process."""
   if process_count() == 1:
     return value
-  key = f'eru_jax/all_true/{next(_serial)}'
+  key = f'eru_jax/all_true/{_count()}'
   client().key_value_set(f'{key}/{process_index()}', json.dumps(bool(value)))
   found = [
     client().blocking_key_value_get(f'{key}/{index}', _LONG) for index in range(process_count())

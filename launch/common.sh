@@ -70,6 +70,27 @@ require_number() {
   done
 }
 
+# seconds_of TIME: a time limit as Slurm writes it (minutes, minutes:seconds, hours:minutes:seconds,
+# days-hours, days-hours:minutes or days-hours:minutes:seconds) in seconds; fails on anything else.
+seconds_of() {
+  local _days=0 _rest=$1 _parts
+  [[ $_rest =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || return 1
+  if [[ $_rest == *-* ]]; then
+    _days=${_rest%%-*}
+    _rest=${_rest#*-}
+    IFS=: read -r -a _parts <<<"$_rest:0:0"
+  else
+    case $_rest in
+      *:*:*) ;;
+      *:*) _rest=0:$_rest ;;
+      *) _rest=0:$_rest:0 ;;
+    esac
+    IFS=: read -r -a _parts <<<"$_rest"
+  fi
+  # Base 10: a leading zero would make them octal.
+  echo $((10#$_days * 86400 + 10#${_parts[0]} * 3600 + 10#${_parts[1]} * 60 + 10#${_parts[2]}))
+}
+
 # A dry run needs no tool.
 require_tool() {
   [ -n "$dry_run" ] || command -v "$1" >/dev/null || fail "$1 is not installed here: $2"

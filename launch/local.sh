@@ -3,14 +3,29 @@
 #
 #   bash launch/local.sh            about ten minutes on a laptop with 2 cores, no GPU needed
 #
-# Extra arguments go to the training command; another config needs another WORKDIR, for example
-#   WORKDIR=runs/long bash launch/local.sh --config.dk_dm.num_steps=400
-# VENV chooses the environment's directory, WORKDIR the run's, PYTHON the interpreter.
+# --config.KEY=VALUE  overrides a value of configs/emoji.py, or of the config that is named by
+# --config=FILE[:ARGUMENTS]; another config needs another directory for its run:
+# --workdir=DIR       (runs/emoji), for example
+#   bash launch/local.sh --workdir=runs/long --config.dk_dm.num_steps=400
+# --dry_run           prints what would run, and changes nothing
+#
+# VENV chooses the environment's directory (.venv), WORKDIR the run's where there is no --workdir,
+# PYTHON the interpreter. The same command again continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
 
-VENV="${VENV:-.venv}"
-WORKDIR="${WORKDIR:-runs/emoji}"
-source launch/install.sh
-source launch/flags/cpu.sh
-python -m eru_jax.train --config=configs/emoji.py --workdir="$WORKDIR" "$@"
+# What is given comes later, and counts.
+parse_flags '' '' --config=configs/emoji.py "--workdir=${WORKDIR:-runs/emoji}" "$@"
+require_run
+
+if [ -n "$dry_run" ]; then
+  echo "export VENV=$(quote "${VENV:-.venv}")"
+  echo 'source launch/install.sh'
+  echo 'source launch/flags/cpu.sh'
+else
+  export VENV="${VENV:-.venv}"
+  source launch/install.sh
+  source launch/flags/cpu.sh
+fi
+run python -m eru_jax.train "${train[@]}"

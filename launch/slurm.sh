@@ -10,7 +10,8 @@
 # --time=T       time limit as Slurm writes it (what the partition has)
 # --resumes=N    submits an array of N jobs that run one after the other and continue each other,
 #                where jobs must not requeue themselves (no array: the job requeues itself)
-# --grace=S      seconds before the time limit at which the run is told to save (300)
+# --grace=S      seconds before the time limit at which the run is told to save (300): more than two
+#                iterations and a save take, and less than --time
 # --name=NAME    the job's name, and its log's (the workdir's last part)
 # --flags=NAME   a set of compiler flags: h100 (also for H200) or a100 (none)
 # --pass=FLAG    one more flag of sbatch; may be repeated
@@ -46,7 +47,13 @@ submit=(
   "--signal=TERM@$grace"
   --open-mode=append
 )
-[ -z "$time" ] || submit+=("--time=$time")
+if [ -n "$time" ]; then
+  submit+=("--time=$time")
+  # Slurm's words for "no limit" and the like are left to it.
+  if limit=$(seconds_of "$time") && [ "$grace" -ge "$limit" ]; then
+    fail "--grace=$grace is not below the $limit s of --time=$time: the run would stop at its start"
+  fi
+fi
 if [ -n "$resumes" ]; then
   require_number resumes
   submit+=("--array=1-$resumes%1" --no-requeue "--output=slurm-$name-%A.log")

@@ -14,7 +14,8 @@
 # kill     ends it at once, as a fault would
 # delete   gives the queued resource and its TPU back
 #
-# --name=NAME       the TPU's name                 --zone=Z  --project=P   as gcloud has them
+# --name=NAME       the TPU's name
+# --zone=Z          its zone; --project=P as gcloud has it
 # --slices=N        slices of a queued resource (1)
 # --config=FILE[:ARGUMENTS]  --workdir=DIR  --config.KEY=VALUE    as eru_jax.train has them
 # --flags=NAME      a set of compiler flags: v5e, v5p or v6e (none)
@@ -38,6 +39,8 @@ name='' zone='' project='' slices=1 accelerator='' runtime_version='' spot='' wo
 flags='' include=''
 parse_flags 'name zone project slices accelerator runtime_version worker flags include' spot "$@"
 require_flags name
+# gcloud would ask for it, or fail at length, at each of several calls.
+[ -n "$zone${CLOUDSDK_COMPUTE_ZONE:-}" ] || fail '--zone must be given, such as --zone=us-west4-a'
 require_number slices
 check_flags "$flags"
 require_tool gcloud 'it comes with the Google Cloud CLI'
@@ -104,7 +107,7 @@ start() {
   on_all "{ $(on_worker idle); } && mkdir -p eru_jax && cd eru_jax && \
 rm -rf configs eru_jax launch && tar -xzf ../eru_jax.tar.gz && bash launch/tpu_worker.sh install"
   on_all "cd eru_jax && bash launch/tpu_worker.sh start $(quote "$flags" "${train[@]}")"
-  [ -n "$dry_run" ] || echo "started; for its log: bash launch/tpu_vm.sh follow --name=$name"
+  [ -n "$dry_run" ] || echo "started; for its log: bash launch/tpu_vm.sh follow --name=$name${zone:+ --zone=$zone}"
 }
 
 case $action in

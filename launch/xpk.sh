@@ -15,8 +15,9 @@
 # --flags=NAME      a set of compiler flags, such as v5e or h100 (none)
 # --include=PATHS   more files of this clone to send, joined by commas, such as pairs.jsonl
 # --image=IMAGE     the image that this clone is laid upon (python:3.12)
-# --restarts=N      how often a broken-off or preempted workload is started again (50)
-# --grace=S         seconds that a pod has to save before it is ended (300)
+# --restarts=N      how often a broken-off or preempted workload is started again (50; 0 is never)
+# --grace=S         seconds that a pod has to save before it is ended (300): more than two iterations
+#                   and a save take
 # --pass=FLAG       one more flag of xpk, such as --priority=high; may be repeated
 # --dry_run         prints what would run, and changes nothing
 #
@@ -48,7 +49,8 @@ place+=(${pass[@]+"${pass[@]}"})
 
 create() {
   require_run
-  require_number slices nodes grace restarts
+  require_number slices nodes grace
+  [ "$restarts" = 0 ] || require_number restarts
   check_flags "$flags"
   case $workdir in
     gs://* | /*) ;;
@@ -93,13 +95,13 @@ create() {
     --restart-on-exit-codes=1 "--termination-grace-period-seconds=$grace" "${place[@]}"
 }
 
-case $action in
-  follow) require_tool kubectl 'it is a component of the Google Cloud CLI' ;;
-  *) require_tool xpk 'see https://github.com/AI-Hypercomputer/xpk' ;;
-esac
+require_tool xpk 'see https://github.com/AI-Hypercomputer/xpk'
+[ "$action" != follow ] || require_tool kubectl 'it is a component of the Google Cloud CLI'
 case $action in
   run) create ;;
   follow)
+    # kubectl knows no --cluster, --zone or --project; listing makes it speak to that cluster.
+    run xpk workload list "--filter-by-job=$name" "${place[@]}"
     run kubectl logs --follow --prefix --tail=200 --max-log-requests=100 \
       "--selector=xpk.google.com/workload=$name"
     ;;

@@ -15,20 +15,25 @@ import time
 import launching
 import pytest
 
-LAUNCHERS = ('gpu.sh', 'slurm.sh', 'tpu_vm.sh', 'xpk.sh')
+LAUNCHERS = ('local.sh', 'gpu.sh', 'slurm.sh', 'tpu_vm.sh', 'xpk.sh')
 # All that shells could stumble over.
 NASTY = """--config.title=it's "a" (b) $HOME `c` \\ ; d & e | f > g * {h} #i  ~"""
 RUN = ('--config=configs/flux_dev_dk_dm.py:res=512,int8', '--workdir=/shared/dk_dm', NASTY)
 BUCKET = (RUN[0], '--workdir=gs://bucket/dk_dm', NASTY)
 # Launcher, its arguments, and the stand-in that its work ends in.
 COMMANDS = {
+  'local': ('local.sh', ('--workdir=my runs', NASTY), 'train'),
   'gpu': ('gpu.sh', ('--gpus=2', '--flags=h100', *RUN), 'train'),
   'slurm': ('slurm.sh', ('--nodes=2', '--time=1:00:00', '--pass=--mem=0', *RUN), 'sbatch'),
   'array': ('slurm.sh', ('--resumes=3', '--name=a b', *RUN), 'sbatch'),
-  'create': ('tpu_vm.sh', ('create', '--name=t', '--accelerator=v6e-8', '--spot'), 'gcloud'),
+  'create': (
+    'tpu_vm.sh',
+    ('create', '--name=t', '--zone=z', '--accelerator=v6e-8', '--spot'),
+    'gcloud',
+  ),
   'tpu': ('tpu_vm.sh', ('run', '--name=t', '--zone=z', '--flags=v5e', *RUN), 'gcloud'),
-  'status': ('tpu_vm.sh', ('status', '--name=t', '--pass=--internal-ip'), 'gcloud'),
-  'delete': ('tpu_vm.sh', ('delete', '--name=t', '--project=p'), 'gcloud'),
+  'status': ('tpu_vm.sh', ('status', '--name=t', '--zone=z', '--pass=--internal-ip'), 'gcloud'),
+  'delete': ('tpu_vm.sh', ('delete', '--name=t', '--zone=z', '--project=p'), 'gcloud'),
   'xpk': ('xpk.sh', ('run', '--name=w', '--cluster=c', '--tpu=v5litepod-16', *BUCKET), 'xpk'),
   'xpk-gpu': ('xpk.sh', ('run', '--name=w', '--cluster=c', '--gpu=h100-8', *BUCKET), 'xpk'),
   'xpk-follow': ('xpk.sh', ('follow', '--name=w', '--cluster=c'), 'kubectl'),
@@ -72,7 +77,7 @@ def test_scripts_are_clean():
 def test_help_is_the_comment_a_launcher_begins_with(bare, script):
   comment = (bare.clone / 'launch' / script).read_text().splitlines()[1:]
   for arguments in (('--help',), ('run', '--help'), ('--name=x', '-h')):
-    if script in ('gpu.sh', 'slurm.sh') and arguments[0] != '--help':
+    if script in ('local.sh', 'gpu.sh', 'slurm.sh') and arguments[0] != '--help':
       continue
     if arguments[0] == '--name=x':
       continue
@@ -144,19 +149,39 @@ MISTAKES = [
   ('gpu.sh', RUN, 'nvidia-smi is not installed here'),
   ('slurm.sh', ('--nodes=two', *RUN), "--nodes must be a whole number from 1, not 'two'"),
   ('slurm.sh', BUCKET, 'on Slurm --workdir is a directory that every node sees, not a bucket'),
+  ('slurm.sh', ('--time=5', '--dry_run', *RUN), '--grace=300 is not below the 300 s of --time=5'),
+  ('local.sh', ('--gpus=1',), 'there is no flag --gpus; see --help'),
   ('slurm.sh', RUN, 'sbatch is not installed here: run this on a login node'),
   ('tpu_vm.sh', (), "no '': the first word says what to do: create, run, follow"),
   ('tpu_vm.sh', ('go', '--name=t'), "no 'go': the first word says"),
   ('tpu_vm.sh', ('run', *RUN), '--name must be given; see --help'),
-  ('tpu_vm.sh', ('run', '--name=t', *RUN), 'gcloud is not installed here'),
-  ('tpu_vm.sh', ('run', '--name=t', '--dry_run'), '--config must be given'),
-  ('tpu_vm.sh', ('create', '--name=t', '--dry_run'), '--accelerator must be given; see --help'),
-  ('tpu_vm.sh', ('create', '--name=t', '--dry_run', '--accelerator=x-1'), "'x-1' needs is not"),
-  ('tpu_vm.sh', ('run', '--name=t', '--dry_run', '--include=p.jsonl', *RUN), 'p.jsonl does not'),
+  ('tpu_vm.sh', ('run', '--name=t', *RUN), '--zone must be given, such as --zone=us-west4-a'),
+  ('tpu_vm.sh', ('run', '--name=t', '--zone=z', *RUN), 'gcloud is not installed here'),
+  ('tpu_vm.sh', ('run', '--name=t', '--zone=z', '--dry_run'), '--config must be given'),
+  (
+    'tpu_vm.sh',
+    ('create', '--name=t', '--zone=z', '--dry_run'),
+    '--accelerator must be given; see --help',
+  ),
+  (
+    'tpu_vm.sh',
+    ('create', '--name=t', '--zone=z', '--dry_run', '--accelerator=x-1'),
+    "'x-1' needs is not",
+  ),
+  (
+    'tpu_vm.sh',
+    ('run', '--name=t', '--zone=z', '--dry_run', '--include=p.jsonl', *RUN),
+    'p.jsonl does not',
+  ),
   ('xpk.sh', ('run', '--name=w', *BUCKET), '--cluster must be given; see --help'),
   ('xpk.sh', ('run', '--name=A_b', '--cluster=c', *BUCKET), 'a letter first'),
   ('xpk.sh', ('run', '--name=w', '--cluster=c', *BUCKET), 'xpk is not installed here'),
-  ('xpk.sh', ('follow', '--name=w', '--cluster=c'), 'kubectl is not installed here'),
+  ('xpk.sh', ('follow', '--name=w', '--cluster=c'), 'xpk is not installed here'),
+  (
+    'xpk.sh',
+    ('run', '--name=w', '--cluster=c', '--tpu=t', '--restarts=-1', '--dry_run', *BUCKET),
+    "--restarts must be a whole number from 1, not '-1'",
+  ),
   ('xpk.sh', ('run', '--name=w', '--cluster=c', '--dry_run', *BUCKET), 'either --tpu=TYPE or'),
   (
     'xpk.sh',
@@ -214,6 +239,27 @@ def test_slurm_jobs_put_themselves_back_until_they_are_finished(desk, tmp_path):
     result = launcher(desk, 'slurm.sh', *run, TRAIN=how, check=False)
     assert result.returncode == status
     assert len(desk.arguments('scontrol')) == 1
+
+
+@pytest.mark.parametrize(
+  ('time', 'seconds'),
+  [
+    ('7', 420),
+    ('08:09', 489),
+    ('1:02:03', 3723),
+    ('2-3', 183600),
+    ('1-02:03', 93780),
+    ('1-02:03:04', 93784),
+  ],
+)
+def test_slurm_saves_within_the_time_limit(bare, time, seconds):
+  """Slurm's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours..."""
+  arguments = (f'--time={time}', *RUN, '--dry_run')
+  launcher(bare, 'slurm.sh', f'--grace={seconds - 1}', *arguments)
+  late = launcher(bare, 'slurm.sh', f'--grace={seconds}', *arguments, check=False)
+  assert late.returncode == 2
+  assert f'--grace={seconds} is not below the {seconds} s of --time={time}' in late.stderr
+  launcher(bare, 'slurm.sh', '--time=UNLIMITED', *RUN, '--dry_run')
 
 
 def test_slurm_arrays_leave_the_rest_to_the_next_job(desk):
@@ -276,10 +322,10 @@ def test_tpu_slices_are_reached_through_their_queued_resource(desk):
 
 
 def test_a_failed_run_on_a_tpu_says_so(desk):
-  launcher(desk, 'tpu_vm.sh', 'status', '--name=eru')  # nothing was ever sent
-  launcher(desk, 'tpu_vm.sh', 'run', '--name=eru', *BUCKET, TRAIN='fail')
+  launcher(desk, 'tpu_vm.sh', 'status', '--name=eru', '--zone=z')  # nothing was ever sent
+  launcher(desk, 'tpu_vm.sh', 'run', '--name=eru', '--zone=z', *BUCKET, TRAIN='fail')
   wait_for_workers(desk)
-  status = launcher(desk, 'tpu_vm.sh', 'status', '--name=eru').stdout
+  status = launcher(desk, 'tpu_vm.sh', 'status', '--name=eru', CLOUDSDK_COMPUTE_ZONE='z').stdout
   assert status.count(': ended with status 3; --- ') == 2
 
 
@@ -334,6 +380,18 @@ def test_xpk_pods_that_are_taken_away_save_and_ask_to_be_started_again(desk):
   process.send_signal(signal.SIGTERM)
   assert 'saved' in process.stdout.read()
   assert process.wait(60) == 143
+
+
+def test_xpk_restarts_and_logs_are_those_that_were_asked_for(desk):
+  place = ('--name=w', '--cluster=c', '--zone=z', '--project=p')
+  launcher(desk, 'xpk.sh', 'run', *place, '--tpu=v5litepod-16', '--restarts=0', *BUCKET)
+  assert '--max-restarts=0' in desk.arguments('xpk')[0]
+  launcher(desk, 'xpk.sh', 'follow', *place)
+  listed = desk.arguments('xpk')[1]
+  assert listed[:2] == ['workload', 'list']
+  assert {'--cluster=c', '--zone=z', '--project=p', '--filter-by-job=w'} < set(listed)
+  (followed,) = desk.arguments('kubectl')
+  assert followed[0] == 'logs' and '--selector=xpk.google.com/workload=w' in followed
 
 
 def test_xpk_tells_gpu_nodes_who_they_are(desk):

@@ -10,10 +10,10 @@ import numpy as np
 import processes
 import pytest
 
-from eru_jax import distributed, sharding
+from eru_jax import sharding
 from eru_jax.errors import UserError
 from eru_jax.sharding import MeshConfig
-from eru_jax.training import watch
+from eru_jax.training import roll_call, watch
 from eru_jax.training.batches import Rows, on_mesh
 from eru_jax.training.checksums import _part, checksums
 
@@ -68,6 +68,8 @@ def test_sigterm_to_one_stops_all_at_the_same_step(together, tmp_path):
   assert stopped.wait() == [0, 0], stopped
   last = processes.rows(workdir)[-1]['step']
   assert 5 <= last < 8 and saved(workdir)[-1] == last
+  sentence = f'stopped after step {last} of toy, saved; the same command continues'
+  assert [stopped.output(index).count(sentence) for index in range(2)] == [1, 0]
   for damaged in (workdir / 'checkpoints' / 'toy' / str(last)).glob('**/ocdbt.process_1/d/*'):
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 255
@@ -105,6 +107,45 @@ def test_a_stuck_process_is_named_and_given_up(tmp_path):
     assert re.search(rf'error: no iteration for \d+ s: {behind}; the run ends here', found)
 
 
+@pytest.mark.parametrize(
+  ('step', 'behind'),
+  [
+    (0, 'the start, others are waiting further on'),  # before a barrier
+    (1, 'the start, others at step 1 of toy, its batch read'),
+  ],
+)
+def test_a_process_that_is_late_at_the_start_is_named(step, behind, tmp_path):
+  started = processes.toy(
+    tmp_path / 'run',
+    2,
+    2,
+    event='late',
+    victim=1,
+    step=step,
+    barrier=True,
+    watch={'start_after': 3},
+  )
+  assert started.wait() == [0, 0], started
+  late = rf'warning: process 0: no progress for \d+ s: process 1 is still at {behind}'
+  assert re.search(late, started.output(0)), started
+
+
+def assert_named_as_gone(victim, output):
+  (line,) = (line for line in output.splitlines() if line.startswith('error: '))
+  assert re.fullmatch(
+    rf'error: process {victim} was last heard of \d+ s ago; it or its machine is gone; '
+    'start the run again to continue',
+    line,
+  )
+  assert 'Traceback' not in output
+
+
+def test_the_one_that_is_gone_is_named(tmp_path):
+  started = processes.toy(tmp_path / 'run', 2, 2, event='sigkill', victim=1, step=4)
+  assert started.wait(200) == [1, -signal.SIGKILL], started
+  assert_named_as_gone(1, started.output(0))
+
+
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_four_to_two(tmp_path):
   workdir, options = tmp_path / 'moving', dict(steps=14, event='sigterm')
@@ -128,6 +169,8 @@ def test_one_of_four_is_killed(tmp_path):
   killed = processes.toy(workdir, 4, 4, event='sigkill', victim=2, step=6)
   statuses = killed.wait(300)
   assert statuses[2] == -signal.SIGKILL and 0 not in statuses, killed
+  for index in (0, 1, 3):
+    assert_named_as_gone(2, killed.output(index))
   assert saved(workdir)[-1] == 4
   for name in (workdir, tmp_path / 'unbroken'):
     started = processes.toy(name, 4, 4)
@@ -205,37 +248,21 @@ def test_a_checksum_does_not_depend_on_how_an_array_is_split():
   assert _part(large, (0, 0), large.shape) != expected
 
 
-def test_processes_are_named_by_the_environment(monkeypatch):
-  names = (distributed.COORDINATOR, distributed.COUNT, distributed.INDEX)
-
-  def read(*values):
-    return distributed._from_environment(dict(zip(names, values, strict=True)))
-
-  assert distributed._from_environment({}) is None and read('host:1234', '1', '0') is None
-  assert read('host:1234', '4', '3') == {
-    'coordinator_address': 'host:1234',
-    'num_processes': 4,
-    'process_id': 3,
-    'cluster_detection_method': 'deactivate',
-  }
-  for wrong in (('host', '4', '3'), ('host:1', '4', '4'), ('host:1', '', ''), ('', '2', '0')):
-    with pytest.raises(UserError, match='ERU_JAX_COORDINATOR is .*: give host:port'):
-      read(*wrong)
-  monkeypatch.setattr(distributed.glob, 'glob', lambda pattern: [])
-  assert not distributed._is_launched({'SLURM_STEP_NUM_TASKS': '1', 'TPU_WORKER_HOSTNAMES': 'a'})
-  for name, value in (
-    ('SLURM_STEP_NUM_TASKS', '2'),
-    ('OMPI_COMM_WORLD_SIZE', '8'),
-    ('JAX_COORDINATOR_ADDRESS', 'host:1'),
-    ('MEGASCALE_COORDINATOR_ADDRESS', 'host'),
-    ('TPU_WORKER_HOSTNAMES', 'a,b'),
-  ):
-    assert distributed._is_launched({name: value})
-  # On a Cloud TPU VM the slice's machines are asked for.
-  monkeypatch.setattr(distributed.glob, 'glob', lambda pattern: ['/dev/accel0'])
-  for hosts in (1, 4):
-    monkeypatch.setattr(distributed, '_tpu_hosts', lambda hosts=hosts: hosts)
-    assert distributed._is_launched({}) == (hosts > 1)
+@pytest.mark.parametrize(
+  ('words', 'broken'),
+  [
+    ('FAILED_PRECONDITION: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1', True),
+    ('UNAVAILABLE: failed to connect to all addresses', True),
+    ('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes', False),
+  ],
+)
+def test_only_broken_connections_are_laid_on_others(words, broken):
+  error = jax.errors.JaxRuntimeError(words)
+  assert roll_call.is_broken_connection(error) == broken
+  raised = ValueError('the array is deleted')
+  raised.__cause__ = error
+  assert roll_call.is_broken_connection(raised) == broken
+  assert not roll_call.is_broken_connection(OSError(words))
 
 
 def test_rows_are_read_once_and_lie_where_the_batch_does():
@@ -254,20 +281,26 @@ def test_rows_are_read_once_and_lie_where_the_batch_does():
   assert batch['text']['x'].sharding.spec == sharding.P(('data', 'fsdp'))
 
 
-def test_sigterm_between_two_loops_ends_a_single_process_at_once():
+def test_sigterm_between_two_loops_ends_a_single_process_at_once(capsys):
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as caught, watch.watching():
+    watch.mark('load')
     signal.raise_signal(signal.SIGTERM)
   assert caught.value.code == 0
-  with watch.watching() as outer, watch.watching() as inner:
+  assert capsys.readouterr().out == 'stopped at load; the same command continues\n'
+  with pytest.raises(SystemExit), watch.watching() as outer, watch.watching() as inner:
     assert inner is outer and not inner.tick('step 1')
     signal.raise_signal(signal.SIGTERM)  # noticed, and heeded at the next tick
-    with pytest.raises(SystemExit):
-      watch.tick('step 2')
+    assert capsys.readouterr().out == ''
+    watch.tick('step 2')
   assert signal.getsignal(signal.SIGTERM) == before
+  assert capsys.readouterr().out == 'stopped after step 2; the same command continues\n'
 
 
 def test_time_outs_are_checked():
   with pytest.raises(UserError, match='`end_after` is 1 but must be at least report_after'):
     watch.WatchConfig(report_after=2, end_after=1)
-  assert dataclasses.asdict(watch.WatchConfig()) == {'report_after': 300.0, 'end_after': 1800.0}
+  with pytest.raises(UserError, match='`start_after` is 0 but must be positive'):
+    watch.WatchConfig(start_after=0)
+  times = {'report_after': 300.0, 'end_after': 1800.0, 'start_after': 900.0}
+  assert dataclasses.asdict(watch.WatchConfig()) == times

@@ -28,7 +28,7 @@ from eru_jax.training.stage_config import StageConfig
 from eru_jax.training.step import StageProgram
 from eru_jax.training.watch import WatchConfig, watching
 
-WATCH = WatchConfig(report_after=2, end_after=4)
+WATCH = {'report_after': 2, 'end_after': 4}
 
 
 class Toy:
@@ -115,8 +115,13 @@ def main(workdir, wanted):
         raise KeyError('no such thing')
       case 'stuck':
         time.sleep(600)
+      case 'late':
+        time.sleep(7)
 
-  with watching(WATCH) as watch:
+  with watching(WatchConfig(**WATCH | wanted.get('watch', {}))) as watch:
+    if wanted.get('barrier'):
+      at(0)
+      distributed.barrier()
     toy.run(at)
   print(json.dumps({'rows read': sum(toy.read)}))
 

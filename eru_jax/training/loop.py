@@ -20,7 +20,7 @@ from eru_jax.training.metrics import MetricWriter, Progress
 from eru_jax.training.stage_config import StageConfig
 from eru_jax.training.state import init_state
 from eru_jax.training.step import StageProgram, compile_stage
-from eru_jax.training.watch import watching
+from eru_jax.training.watch import Stopped, watching
 
 PyTree = Any
 # Updates in a row that may be skipped for non-finite values before the run gives up.
@@ -77,7 +77,7 @@ def run_stage(
 
   Raises:
     UserError: if too many updates in a row are not finite, or the disk is full.
-    SystemExit: with status 0, after saving, on SIGTERM in any process.
+    Stopped: with status 0, after saving, on SIGTERM in any process.
   """
   program = stage.program
   optimizer, start, like = initialiser(stage, config, mesh)
@@ -137,7 +137,7 @@ def run_stage(
           if progress is not None:
             progress.close()
           checkpoints.close()
-          raise SystemExit(0)
+          raise Stopped(f'after step {done} of {name}, saved')
       watch.rest()
     if progress is not None:
       progress.close()

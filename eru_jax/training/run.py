@@ -33,7 +33,7 @@ from eru_jax.training.metrics import MetricWriter, read_metrics
 from eru_jax.training.mirror import Workdir
 from eru_jax.training.report import ReportData, write_report
 from eru_jax.training.stages import PRETRAINING, STAGES, evaluated_as, flow_matching, no_rl
-from eru_jax.training.watch import watching
+from eru_jax.training.watch import mark, watching
 from eru_jax.weights import model_directory
 from eru_jax.weights.conversion import MODEL, carry_over
 from eru_jax.weights.lora_io import export_lora
@@ -328,6 +328,7 @@ class _Stopwatch:
 
   def __call__(self, phase: str) -> '_Stopwatch':
     self._phase, self._began = phase, time.monotonic()
+    mark(phase)
     return self
 
   def __enter__(self) -> None:

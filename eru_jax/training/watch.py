@@ -2,7 +2,8 @@
 
 SIGTERM, which announces that a machine will be taken away, reaches one process and stops them all
 after the same iteration. A process that fails tells the others why before it leaves, and so all
-end with its sentence instead of waiting for it. One that no longer gets on is named.
+end with its sentence instead of waiting for it. One that no longer gets on is named, and so is one
+that is gone without a word, as after a kill or with its machine.
 """
 
 import contextlib
@@ -22,11 +23,14 @@ import jax
 
 from eru_jax import commands, distributed
 from eru_jax.training.checks import require
+from eru_jax.training.roll_call import SAY_EVERY, RollCall, Store, is_broken_connection
 
 _POLL = 0.5
 # So long the others have to learn why a process fails, before its connections break.
 _FAREWELL = 10.0
 _AGREEMENT_MS = 120_000
+_IS_GONE = 'it or its machine is gone; start the run again to continue'
+_ARE_GONE = 'they or their machines are gone; start the run again to continue'
 _serial = itertools.count()
 
 
@@ -39,17 +43,33 @@ class WatchConfig:
   Attributes:
     report_after: seconds without an iteration after which every process says who is behind.
     end_after: seconds after which it ends the run, with exit status 1.
+    start_after: seconds without any progress, where no iteration is expected soon (models are
+      loaded, programs compiled), after which every process says who is behind; it ends nothing.
   """
 
   report_after: float = 300.0
   end_after: float = 1800.0
+  start_after: float = 900.0
 
   def __post_init__(self):
     require(
       self,
       report_after=(self.report_after > 0, 'positive'),
       end_after=(self.end_after >= self.report_after, 'at least report_after'),
+      start_after=(self.start_after > 0, 'positive'),
     )
+
+
+class Stopped(SystemExit):
+  """Ends a program where it was asked to, with status 0; `watching` tells the user.
+
+  Attributes:
+    where: what the program stopped after or before, for people.
+  """
+
+  def __init__(self, where: str):
+    super().__init__(0)
+    self.where = where
 
 
 @dataclasses.dataclass
@@ -92,7 +112,12 @@ class Watch:
     self._stop_at: int | None = None
     self._alone = jax.process_count() == 1
     self._me, self._reported = jax.process_index(), 0.0
-    self._prefix = f'eru_jax/watch {next(_serial)}'
+    # What this process had come to when the thread last found it further, and when that was.
+    self._seen, self._seen_at = (0, 0), time.monotonic()
+    self._heard = time.monotonic()  # of process 0, which keeps the store
+    self._store = Store(f'eru_jax/watch {next(_serial)}')
+    self._roll_call = RollCall(self._store)
+    self._missed: set[int] = set()
 
   def tick(self, where: str) -> bool:
     """Says that an iteration is done; returns whether all processes are to stop after it.
@@ -126,7 +151,7 @@ class Watch:
     self._requested.set()
     if self._alone and not self._position.armed:
       # Between the loops everything is saved.
-      raise SystemExit(0)
+      raise Stopped(f'at {self._position.where}')
 
   def _run(self) -> None:
     """The thread that listens, in runs of several processes."""
@@ -134,19 +159,21 @@ class Watch:
     while not self._over.wait(_POLL):
       try:
         self._heed_failure()
+        self._heard = time.monotonic()
         self._agree_on_stop()
-        if time.monotonic() - said > min(5.0, self._config.report_after / 4):
+        if time.monotonic() - said > self._interval:
           said = time.monotonic()
           self._say_where()
+          self._look_for_the_silent()
         self._look_for_the_stuck()
       except jax.errors.JaxRuntimeError as error:
         # Process 0, which keeps the store, is gone; or JAX's own heartbeat found somebody dead.
         if not self._over.is_set():
-          _end(f'the connection to process 0 is lost ({_first_line(error)})', 1)
+          self._end_without_store(error)
 
   def _heed_failure(self) -> None:
     """Ends this process if another one has failed, as that one has ended."""
-    failure = self._get('failure')
+    failure = self._store.get('failure')
     if failure is not None:
       self._leaving.acquire()
       self._leave(**json.loads(failure))
@@ -156,15 +183,43 @@ class Watch:
     self._leaving.acquire()
     found = {'message': message, 'status': status}
     try:
-      self._set('failure', json.dumps(found), overwrite=False)
+      self._store.set('failure', json.dumps(found), overwrite=False)
     except jax.errors.JaxRuntimeError:
       with contextlib.suppress(jax.errors.JaxRuntimeError):
-        found = json.loads(self._get('failure') or json.dumps(found))
+        found = json.loads(self._store.get('failure') or json.dumps(found))
     self._leave(**found)
+
+  @property
+  def _interval(self) -> float:
+    config = self._config
+    return min(SAY_EVERY, config.report_after / 4, config.start_after / 4)
+
+  def lost(self) -> None:
+    """Ends all processes because a connection broke, and names those that are gone.
+
+    A process that failed and said so is heard instead. Returns only if all still answer.
+    """
+    interval = self._interval
+    try:
+      gone = self._roll_call.gone(2 * interval + 2 * _POLL, self._heed_failure)
+    except jax.errors.JaxRuntimeError as store_error:
+      self._end_without_store(store_error)
+    if not gone:
+      return
+    message = f'{"; ".join(gone)}; {_IS_GONE if len(gone) == 1 else _ARE_GONE}'
+    self.fail(message, 1)
+
+  def _end_without_store(self, error: BaseException) -> None:
+    """Ends this process: process 0 keeps the store through which all of them speak."""
+    self._leaving.acquire()
+    if self._me == 0 or 'heartbeat' in str(error):
+      _end(f"JAX's runtime ends the run ({_first_line(error)}); start it again to continue", 1)
+    silent = time.monotonic() - self._heard
+    _end(f'process 0 was last heard of {silent:.0f} s ago; {_IS_GONE}', 1)
 
   def _leave(self, message: str, status: int) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-      self._set(f'seen/{self._me}', '1')
+      self._store.set(f'seen/{self._me}', '1')
       self._wait_for_all()
     _end(message, status)
 
@@ -172,7 +227,7 @@ class Watch:
     """Waits until all have learnt of a failure, and process 0, which they ask, until they left."""
     deadline = time.monotonic() + _FAREWELL
     while time.monotonic() < deadline:
-      if len(self._list('seen')) == jax.process_count():
+      if len(self._store.list('seen')) == jax.process_count():
         break
       time.sleep(0.05)
     if self._me == 0:
@@ -183,24 +238,37 @@ class Watch:
     if self._stop_at is not None:
       return
     if self._requested.is_set():
-      self._set('stop', '1')
-    if self._get('stop') is None:
+      self._store.set('stop', '1')
+    if self._store.get('stop') is None:
       return
     with self._lock:
-      self._set(f'stop at/{self._me}', str(self._position.serial))
-      keys = [f'{self._prefix}/stop at/{index}' for index in range(jax.process_count())]
-      get = distributed.client().blocking_key_value_get
-      serials = [int(get(key, _AGREEMENT_MS)) for key in keys]
+      self._store.set(f'stop at/{self._me}', str(self._position.serial))
+      keys = [f'stop at/{index}' for index in range(jax.process_count())]
+      serials = [int(self._store.wait(key, _AGREEMENT_MS)) for key in keys]
       self._stop_at = max(serials) + 1
 
   def _say_where(self) -> None:
     position = self._position
-    self._set(f'at/{self._me}', json.dumps([position.marks, position.where, time.time()]))
+    done = position.marks + distributed.decisions()
+    self._roll_call.say(done, position.where)
+
+  def _look_for_the_silent(self) -> None:
+    """Names those of whom nothing has been heard for a while, before JAX ends the run for it."""
+    for index, words in self._roll_call.silent():
+      if index not in self._missed:
+        self._missed.add(index)
+        self._warn(f'{words}; if it or its machine is gone, the run ends soon')
 
   def _look_for_the_stuck(self) -> None:
     position, now = dataclasses.replace(self._position), time.monotonic()
+    seen = position.marks, distributed.decisions()
+    if seen != self._seen:
+      self._seen, self._seen_at = seen, now
+    if not position.armed:
+      self._look_for_the_late(now - self._seen_at, now)
+      return
     waited = now - position.since
-    if not position.armed or waited < max(self._config.report_after, 3 * position.slowest):
+    if waited < max(self._config.report_after, 3 * position.slowest):
       return
     ends = waited >= max(self._config.end_after, 10 * position.slowest)
     if not ends and now - self._reported < self._config.report_after:
@@ -209,43 +277,28 @@ class Watch:
     report = self._report(waited)
     if ends:
       self.fail(f'{report}; the run ends here, start it again to continue', 1)
-    print(f'warning: process {self._me}: {report}', file=sys.stderr, flush=True)
+    self._warn(report)
+
+  def _look_for_the_late(self, waited: float, now: float) -> None:
+    """Says who is waited for where no iteration is expected soon."""
+    limit = self._config.start_after
+    if waited < limit or now - self._reported < limit:
+      return
+    self._reported = now
+    self._warn(self._report(waited))
+
+  def _warn(self, text: str) -> None:
+    print(f'warning: process {self._me}: {text}', file=sys.stderr, flush=True)
 
   def _report(self, waited: float) -> str:
     """Who is behind, in words."""
     self._say_where()
-    found = {int(key.rpartition('/')[2]): json.loads(value) for key, value in self._list('at')}
-    newest, furthest, _ = max(found.values())
-    words = []
-    for index in range(jax.process_count()):
-      if index not in found:
-        words.append(f'process {index} has never been heard of')
-        continue
-      marks, where, heard = found[index]
-      silent = time.time() - heard
-      if marks < newest:
-        words.append(f'process {index} is still at {where}, others at {furthest}')
-      if silent > max(30.0, self._config.report_after):
-        words.append(f'process {index} was last heard of {silent:.0f} s ago')
+    words = list(self._roll_call.behind(self._config.report_after))
     if not words:
-      where = found[self._me][1]
+      where = self._roll_call.where()
       words = [f'all processes are at {where}, waiting for their devices or for each other']
-    return f'no iteration for {waited:.0f} s: {"; ".join(words)}'
-
-  def _set(self, key: str, value: str, overwrite: bool = True) -> None:
-    distributed.client().key_value_set(f'{self._prefix}/{key}', value, overwrite)
-
-  def _get(self, key: str) -> str | None:
-    """A value of the store, or None if there is none."""
-    try:
-      return distributed.client().key_value_try_get(f'{self._prefix}/{key}')
-    except jax.errors.JaxRuntimeError as error:
-      if 'NOT_FOUND' in str(error):
-        return None
-      raise
-
-  def _list(self, key: str) -> list[tuple[str, str]]:
-    return distributed.client().key_value_dir_get(f'{self._prefix}/{key}/')
+    what = 'no iteration' if self._position.armed else 'no progress'
+    return f'{what} for {waited:.0f} s: {"; ".join(words)}'
 
 
 def _first_line(error: BaseException) -> str:
@@ -290,6 +343,8 @@ def watching(config: WatchConfig | None = None) -> Iterator[Watch]:
     if not watch._alone:
       distributed.barrier()  # Until all are here, somebody may have to be told something.
   except BaseException as error:
+    if isinstance(error, Stopped):
+      distributed.announce(f'stopped {error.where}; the same command continues')
     if not watch._alone:
       _tell(watch, error)
     raise
@@ -312,6 +367,8 @@ def _tell(watch: Watch, error: BaseException) -> None:
   index = jax.process_index()
   if found is not None:
     watch.fail(f'process {index}: {found[0]}', found[1])
+  if is_broken_connection(error):
+    watch.lost()
   traceback.print_exception(error)
   watch.fail(f'process {index} failed with {type(error).__name__}: {_first_line(error)}', 1)
 
@@ -322,10 +379,16 @@ def tick(where: str) -> None:
   For loops in which there is nothing to save.
 
   Raises:
-    SystemExit: with status 0.
+    Stopped: with status 0.
   """
   if _current is not None and _current.tick(where):
-    raise SystemExit(0)
+    raise Stopped(f'after {where}')
+
+
+def mark(where: str) -> None:
+  """`Watch.mark` of the run, if there is one."""
+  if _current is not None:
+    _current.mark(where)
 
 
 def rest() -> None:
