@@ -245,12 +245,14 @@ def test_mistakes_that_are_found_before_anything_is_loaded(options, words, tmp_p
 
 
 def test_stages_that_are_not_there(tiny_run, tiny_model_dir, tmp_path):
-  with pytest.raises(UserError, match=r"--stage=dk_dm: this model has the stages \['base'\]"):
+  with pytest.raises(UserError, match='--stage=dk_dm: this model has base, give'):
     draw(tiny_model_dir, tmp_path / 'out', 'red apple', stage='dk_dm')
   unfinished = tmp_path / 'unfinished'
   shutil.copytree(tiny_run, unfinished)
   shutil.rmtree(unfinished / 'checkpoints' / 'no_rl')
-  with pytest.raises(UserError, match=r"--stage=no_rl: .* the stages \['base', 'dk_dm'\]"):
+  with pytest.raises(
+    UserError, match='--stage=no_rl: this run has only reached base and dk_dm yet'
+  ):
     draw(unfinished, tmp_path / 'out', 'red apple', stage='no_rl')
   # Without --stage, the last one that was reached.
   out = draw(unfinished, tmp_path / 'out', 'red apple')
