@@ -136,6 +136,14 @@ def exchange_arrays(directory):
   shutil.copytree(directory / '2' / 'state', directory / '3' / 'state')
 
 
+def test_missing_metadata_is_said_once_and_in_words(directory, caplog):
+  delete_metadata(directory)
+  checkpoints, _ = reopened(directory)
+  checkpoints.close()
+  (said,) = (record.getMessage() for record in caplog.records)
+  assert said.endswith('stage/3 is damaged (its metadata is missing); trying the one before it.')
+
+
 @pytest.mark.parametrize(
   'damage',
   [

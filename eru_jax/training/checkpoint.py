@@ -60,10 +60,12 @@ class StageCheckpoints:
     self._checkpointer = self._open()
 
   def _open(self) -> ocp.training.Checkpointer:
-    return ocp.training.Checkpointer(
-      str(self._directory),
-      preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
-    )
+    # Orbax says at length, and again at each look, which metadata it misses; `_read` says it once.
+    with _quiet():
+      return ocp.training.Checkpointer(
+        str(self._directory),
+        preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+      )
 
   @property
   def steps(self) -> list[int]:
@@ -146,7 +148,10 @@ class StageCheckpoints:
     try:
       path = str(self._directory / str(step))
       with _alone():
-        metadata = ocp.metadata(path).custom_metadata
+        with _quiet():
+          metadata = ocp.metadata(path).custom_metadata or {}
+        if 'layout' not in metadata:
+          raise ValueError('its metadata is missing')
         self._check_layout(step, metadata['layout'], _layout(like))
         sums, position = metadata['checksums'], metadata['position']
         state = ocp.load_pytree(path, like)
