@@ -217,11 +217,6 @@ def _who_is_missing(seconds: float) -> str:
   )
 
 
-def coordinator_answers() -> bool:
-  """Whether process 0, or what keeps its port, can be reached from here."""
-  return _answers(runtime.global_state.coordinator_address)
-
-
 def _answers(address: str) -> bool:
   host, _, port = address.rpartition(':')
   try:

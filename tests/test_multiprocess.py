@@ -3,8 +3,6 @@
 import dataclasses
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -142,12 +140,18 @@ def assert_named_as_gone(victim, output):
   assert 'Traceback' not in output and 'Fatal Python error' not in output
 
 
-@pytest.mark.parametrize('victim', [0, 1])
-def test_the_one_that_is_gone_is_named(victim, tmp_path):
-  started = processes.toy(tmp_path / 'run', 2, 2, event='sigkill', victim=victim, step=4)
+def test_the_one_that_is_gone_is_named(tmp_path):
+  started = processes.toy(tmp_path / 'run', 2, 2, event='sigkill', victim=1, step=4)
   statuses = started.wait(200)
-  assert statuses.pop(victim) == -signal.SIGKILL and statuses == [1], started
-  assert_named_as_gone(victim, started.output(1 - victim))
+  assert statuses == [1, -signal.SIGKILL], started
+  assert_named_as_gone(1, started.output(0))
+
+
+def test_without_process_0_nobody_goes_on(tmp_path):
+  """JAX's own client aborts the others, unless the watch is faster."""
+  started = processes.toy(tmp_path / 'run', 2, 2, event='sigkill', victim=0, step=4)
+  statuses = started.wait(200)
+  assert statuses[0] == -signal.SIGKILL and statuses[1] in (1, -signal.SIGABRT), started
 
 
 @pytest.mark.slow
@@ -299,26 +303,6 @@ def test_sigterm_between_two_loops_ends_a_single_process_at_once(capsys):
     watch.tick('step 2')
   assert signal.getsignal(signal.SIGTERM) == before
   assert capsys.readouterr().out == 'stopped after step 2; the same command continues\n'
-
-
-@pytest.mark.parametrize('ends', [True, False])
-def test_an_abort_is_heeded_whatever_the_main_thread_does(ends):
-  code = f"""
-import faulthandler, os, threading, time
-from eru_jax.training import aborts
-faulthandler.enable()
-def last_word():
-  print('heeded', flush=True)
-  if {ends}:
-    os._exit(3)
-with aborts.heeded(last_word):
-  threading.Timer(0.1, os.abort).start()
-  time.sleep(60)
-"""
-  result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=50)
-  assert result.stdout == 'heeded\n'
-  assert result.returncode == (3 if ends else -signal.SIGABRT)
-  assert ('Fatal Python error: Aborted' in result.stderr) == (not ends)
 
 
 def test_time_outs_are_checked():

@@ -21,8 +21,7 @@ from collections.abc import Iterator
 
 import jax
 
-from eru_jax import cluster, commands, distributed
-from eru_jax.training import aborts
+from eru_jax import commands, distributed
 from eru_jax.training.checks import require
 from eru_jax.training.roll_call import SAY_EVERY, RollCall, Store, is_broken_connection
 
@@ -217,11 +216,6 @@ class Watch:
       _end(f"JAX's runtime ends the run ({_first_line(error)}); start it again to continue", 1)
     self._end_without_process_0()
 
-  def last_word(self) -> None:
-    """Ends this process if it aborts because process 0 is gone; else returns."""
-    if self._me != 0 and not self._over.is_set() and not cluster.coordinator_answers():
-      self._end_without_process_0()
-
   def _end_without_process_0(self) -> None:
     silent = time.monotonic() - self._heard
     _end(f'process 0 was last heard of {silent:.0f} s ago; {_IS_GONE}', 1)
@@ -345,10 +339,8 @@ def watching(config: WatchConfig | None = None) -> Iterator[Watch]:
   in_main_thread = threading.current_thread() is threading.main_thread()
   previous = signal.signal(signal.SIGTERM, watch._notice) if in_main_thread else None
   _current = watch
-  stack = contextlib.ExitStack()
   try:
     if not watch._alone:
-      stack.enter_context(aborts.heeded(watch.last_word))
       thread.start()
     yield watch
     if not watch._alone:
@@ -364,7 +356,6 @@ def watching(config: WatchConfig | None = None) -> Iterator[Watch]:
     watch._over.set()
     if thread.is_alive():
       thread.join()
-    stack.close()
     if in_main_thread:
       signal.signal(signal.SIGTERM, previous)
 
