@@ -46,12 +46,13 @@ def main(directory):
       few_tokens=few.tokens,
       few_pooled=few.pooled,
     )
+    held = {half.folder.name: half.parameters() for half in (encoder.clip, encoder.t5)}
     parts = {
       jax.tree_util.keystr(path, simple=True, separator='/'): [
         x.size,
         max(shard.data.size for shard in x.addressable_shards),
       ]
-      for path, x in jax.tree_util.tree_leaves_with_path(encoder._resident)
+      for path, x in jax.tree_util.tree_leaves_with_path(held)
     }
     (directory / f'{name}.json').write_text(json.dumps(parts))
   draw(directory, 'eight', 'fsdp=8')

@@ -204,7 +204,8 @@ def test_a_journal_torn_by_a_kill_is_mended(tmp_path):
 def test_what_was_judged_before_a_kill_is_there(tmp_path, how):
   path = tmp_path / 'verdicts.jsonl'
   code = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_judge_verdicts as t
 from eru_jax import commands
