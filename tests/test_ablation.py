@@ -99,7 +99,7 @@ def test_rows_train_and_are_not_trained_twice(emoji_cache, tmp_path):
   ]
   first = subprocess.run(command, capture_output=True, text=True, check=True)
   scores = {p: p.read_bytes() for p in (tmp_path / 'work').glob('*/scores.json')}
-  assert len(scores) == 7
+  assert len(scores) == 9
   second = subprocess.run(command, capture_output=True, text=True, check=True)
   assert json.loads(first.stdout.splitlines()[-1]) == json.loads(second.stdout.splitlines()[-1])
   assert all(path.read_bytes() == old for path, old in scores.items())
