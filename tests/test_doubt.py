@@ -20,7 +20,7 @@ from eru_jax.evaluating.request import EvaluationRequest
 from eru_jax.evaluating.scorers import Scorer
 from eru_jax.rewards.anchors import read_anchors
 from eru_jax.rewards.base import Reward
-from eru_jax.rewards.doubt import believed
+from eru_jax.rewards.doubt import believed, doubted
 from eru_jax.training.stage_config import NoRlStageConfig
 from eru_jax.training.stages import no_rl as stage
 from eru_jax.training.variants.no_rl import ratings
@@ -43,6 +43,15 @@ def test_pairs_of_doubtful_categories_go_or_weigh_less():
   assert believed(table, (), 0.0)[0] is table
 
 
+def test_what_is_left_out_is_told():
+  table = PairTable(tuple(BY_LAW))
+  assert doubted(table, ('buoyancy', 'Rust', 'lift'), 0.0) == (
+    'of 4 training pairs, 2 are left out as doubtful (buoyancy 1, Rust 1, lift 0)'
+  )
+  assert 'pairs, 1 weigh 0.5 as' in doubted(table, ('rust', 'RUST'), 0.5)
+  assert doubted(table, (), 0.0) == ''
+
+
 def test_weights_of_ratings():
   config = NoRlStageConfig(prompts_per_step=2, images_per_prompt=2, updates_per_step=1)
   score, trust = jnp.array([0.0, 1, 0.2, 0.6]), jnp.array([1, 1, 0.25, 0.25])
@@ -61,7 +70,7 @@ def test_weights_that_cannot_be(options):
     NoRlStageConfig(**options)
 
 
-def test_nothing_is_drawn_or_asked_of_what_is_left_out(tmp_path, monkeypatch):
+def test_nothing_is_drawn_or_asked_of_what_is_left_out(tmp_path, monkeypatch, capsys):
   marks = {'consistency': 0, 'realism': 1, 'aesthetics': 0}
   with JudgeServer(usual=says(marks)) as server:
     runs = _Runs(server, tmp_path, monkeypatch, BY_LAW, doubtful=('buoyancy', 'rust'), num_steps=2)
@@ -69,6 +78,7 @@ def test_nothing_is_drawn_or_asked_of_what_is_left_out(tmp_path, monkeypatch):
     told = '\n'.join(text_of(request) for request in server.requests)
     assert 'answer 0' in told and 'answer 3' in told
     assert 'answer 1' not in told and 'answer 2' not in told
+    assert 'no_rl: of 4 training pairs, 2 are left out as doubtful' in capsys.readouterr().out
     less = {'doubtful': ('gravity',), 'doubtful_weight': 0.01, 'num_steps': 1}
     assert np.isfinite(_Runs(server, tmp_path, monkeypatch, BY_LAW, **less).train('l', 'l')).all()
     with pytest.raises(UserError, match='every training pair is of no_rl.doubtful = gravity, Bu'):

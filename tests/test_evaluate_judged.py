@@ -4,6 +4,7 @@ The models are stand-ins, or the tiny one of the package; the servers are real, 
 """
 
 import collections
+import csv
 import json
 import os
 import re
@@ -130,7 +131,12 @@ def test_unscored_pictures_are_told_and_never_zero(studio, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert '2 not scored: refused with HTTP 400: it is not shown' in printed
     assert '11 pictures, 2 unscored and left out' in printed
-    assert '2 not scored: refused' in (out / 'gallery.html').read_text()
+    page = (out / 'gallery.html').read_text()
+    assert '2 not scored: refused' in page and '"refused with HTTP 400: it is not shown"' in page
+    rows = list(csv.DictReader((out / 'pictures.csv').open()))
+    why = {(row['id'], row['unscored'].split(':')[0]) for row in rows if not row['value']}
+    assert why == {('2', 'refused with HTTP 400'), ('700', 'bad reply, 3 times')}
+    assert {row['unscored'] for row in rows if row['value']} == {''}
     # They, and only they, are asked about again.
     server.usual, server.requests = answers(marks), []
     result = run(data, out, stages=('no_rl',), **judged(server))

@@ -75,6 +75,16 @@ class Evaluated:
         arrays[picture.condition][picture.row, picture.k] = number
     return found
 
+  def said(self, model: str, index: int) -> str:
+    """Of a model's picture, what it shows, or why nobody could score it; '' if nobody says."""
+    if self.scorer is None:
+      return ''
+    score = self.scores[model][index]
+    if score is not None:
+      return self.scorer.say(score) if self.scorer.say else ''
+    file = drawing.directory_of(self.output, model) / self.pictures[model][index].file
+    return self.scorer.why(file) if self.scorer.why else ''
+
 
 def evaluate(
   request: EvaluationRequest,

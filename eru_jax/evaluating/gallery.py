@@ -130,12 +130,12 @@ def _data(
   """What the script knows of models and questions, without pictures."""
   values, protocol = evaluated.values(), evaluated.protocol
   depth = max((array.shape[1] for found in values.values() for array in found.values()), default=1)
-  say = evaluated.scorer.say if evaluated.scorer else None
   says: dict[tuple[str, int, str, int], str] = {}
-  for model, pictures in evaluated.pictures.items() if say else ():
-    for picture, score in zip(pictures, evaluated.scores[model], strict=True):
-      if score is not None:
-        says[model, picture.row, picture.condition, picture.k] = say(score)
+  for model, pictures in evaluated.pictures.items():
+    for index, picture in enumerate(pictures):
+      said = evaluated.said(model, index)
+      if said:
+        says[model, picture.row, picture.condition, picture.k] = said
   questions = []
   for row, question in enumerate(evaluated.questions):
     numbers, told = [], []
@@ -149,7 +149,7 @@ def _data(
         'id': question.id, 'category': question.category, 'subcategory': question.subcategory,
         'split': question.split, 'prompts': dict(question.prompts),
         'explanation': question.explanation, 'values': numbers,
-        'says': told if say else [None] * len(columns),
+        'says': told if says else [None] * len(columns),
         'target': bool(evaluated.scorer and evaluated.scorer.targets),
       }
     )  # fmt: skip

@@ -54,6 +54,7 @@ def open_judge(
     name,
     verdicts.judge_name(service.client, protocol),
     files=judging.score,
+    why=judging.why,
     ready=functools.cache(
       lambda: verdicts.check_judge(service.client.impatient(_ATTEMPTS_AT_FIRST), protocol)
     ),
@@ -73,6 +74,7 @@ class _Judging:
   def __init__(self, service: Service, protocol: Protocol, path: pathlib.Path):
     self._service, self._protocol, self._path = service, protocol, path
     self._came_to: dict[str, summary.Summary] = {}
+    self._reasons: dict[pathlib.Path, str] = {}
 
   def score(
     self, files: Sequence[pathlib.Path], questions: Sequence[Question], model: str
@@ -91,7 +93,13 @@ class _Judging:
         self._service.price,
         lambda done, _: progress.update(done),
       )
+    self._reasons |= {
+      file: verdict.reason for file, verdict in zip(files, found, strict=True) if verdict.reason
+    }
     return [verdict.marks for verdict in found]
+
+  def why(self, file: pathlib.Path) -> str:
+    return self._reasons.get(file, '')
 
   def told(self) -> Mapping[str, Any]:
     models = {model: one.to_json() for model, one in self._came_to.items()}

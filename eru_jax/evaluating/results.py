@@ -206,7 +206,7 @@ def _picture_rows(evaluated: 'Evaluated') -> list[dict[str, Any]]:
   for model, pictures in evaluated.pictures.items():
     scores = evaluated.scores.get(model, [None] * len(pictures))
     numbers = protocol.values(scores) if protocol else [np.nan] * len(pictures)
-    for picture, score, value in zip(pictures, scores, numbers, strict=True):
+    for index, (picture, score, value) in enumerate(zip(pictures, scores, numbers, strict=True)):
       question = evaluated.questions[picture.row]
       file = directory_of(evaluated.output, model) / picture.file
       rows.append(
@@ -217,6 +217,7 @@ def _picture_rows(evaluated: 'Evaluated') -> list[dict[str, Any]]:
           'asked': question.implicit, 'file': str(file.relative_to(evaluated.output)),
           'value': float(value) if np.isfinite(value) else None,
           **{key: (score or {}).get(key) for key in keys},
+          'unscored': evaluated.said(model, index) if score is None else '',
         }
       )  # fmt: skip
   return rows

@@ -39,6 +39,7 @@ class Scorer:
     score: (pictures (N, H, W, 3) uint8, their N questions) -> a score or None for each.
     files: in its place, (a model's files, their questions, what the model is called) -> the same.
     say: score -> what people are told that the picture shows, or None.
+    why: a file that has no score -> why it has none.
     targets: a right answer's picture by question, (H, W, 3) uint8, or None.
     size: (height, width) of the pictures that it can look at, or None for any.
     ready: called before anything is drawn; raises UserError if it could not score.
@@ -51,6 +52,7 @@ class Scorer:
   score: Callable[[np.ndarray, list[Question]], Sequence[Score]] | None = None
   files: Callable[[Sequence[pathlib.Path], list[Question], str], Sequence[Score]] | None = None
   say: Callable[[Mapping[str, float]], str] | None = None
+  why: Callable[[pathlib.Path], str] | None = None
   targets: Callable[[Question], np.ndarray] | None = None
   size: tuple[int, int] | None = None
   ready: Callable[[], None] | None = None

@@ -1,5 +1,6 @@
 """Categories of pairs that a reward judges badly: left out of NO-RL, or taken less seriously."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -33,3 +34,14 @@ def believed(
     pairs=tuple(table.pairs[row] for row in kept),
     index=None if table.index is None else table.index[kept],
   ), weights[kept]
+
+
+def doubted(table: PairTable, doubtful: Sequence[str], weight: float) -> str:
+  """How many pairs each doubtful category has, for people; 0 may be a name spelt otherwise."""
+  if not doubtful:
+    return ''
+  counts = collections.Counter(normalise(pair.category or '') for pair in table.pairs)
+  named = ', '.join(f'{name} {counts[normalise(name)]}' for name in doubtful)
+  count = sum(counts[name] for name in {normalise(name) for name in doubtful})
+  fate = f'weigh {weight:g}' if weight > 0 else 'are left out'
+  return f'of {len(table.pairs)} training pairs, {count} {fate} as doubtful ({named})'

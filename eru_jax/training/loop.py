@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from eru_jax import sharding
+from eru_jax import distributed, sharding
 from eru_jax.errors import UserError
 from eru_jax.training.batches import on_mesh
 from eru_jax.training.checkpoint import StageCheckpoints
@@ -40,6 +40,7 @@ class Stage:
     assemble: index batch -> arrays for the program, or `batches.Rows` of what is read row by row.
     consumes: whether nobody needs `trainable` once there is a state: a large network's room is then
       given back before training.
+    note: what users are told when it begins, if anything.
   """
 
   program: StageProgram
@@ -48,6 +49,7 @@ class Stage:
   batches: Iterator[Any]
   assemble: Callable[[Any], PyTree]
   consumes: bool = False
+  note: str = ''
 
 
 def run_stage(
@@ -96,6 +98,8 @@ def run_stage(
       array.delete()
 
   if first < config.num_steps:
+    if stage.note:
+      distributed.announce(f'{name}: {stage.note}')
     # What a killed run wrote after this checkpoint will be written again.
     if writer is not None:
       writer.truncate_after(stage_order, name, first)

@@ -14,7 +14,7 @@ from eru_jax.losses import policy_gradient
 from eru_jax.rewards.anchors import anchored, read_anchors
 from eru_jax.rewards.base import HostReward, Reward
 from eru_jax.rewards.clip import describe_clip_reward, load_clip_reward, read_clip_directory
-from eru_jax.rewards.doubt import believed
+from eru_jax.rewards.doubt import believed, doubted
 from eru_jax.rewards.emoji import EmojiReward
 from eru_jax.rewards.judge import check_judge, judge_reward
 from eru_jax.training.batches import Rows
@@ -260,6 +260,7 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
     ),
     trainable=start,
     make_frozen=make_frozen,
+    note=doubted(splits['train'], config.doubtful, config.doubtful_weight),
     batches=pipeline.mixture_batches(
       {name: (len(table.pairs), counts[name]) for name, table in tables.items()},
       experiment.config.seed,
