@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 from ablation_results import SPLITS, draw_curves, summarise, table
-from ablation_rows import COMMON, chosen_rows, config_of, slug
+from ablation_rows import COMMON, chosen_rows, compared_with, config_of, slug
 from absl import app, flags
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/ablation', 'Where checkpoints and scores are kept.')
@@ -121,9 +121,16 @@ class Runner:
         with MetricWriter(directory, None) as writer:
           key = experiment.key(f'stage {name}')
           params = run_stage(name, stage, settings, key, mesh, directory, writer, config.stages)
-        seconds = time.process_time() - began
+        seconds = _kept(directory / 'seconds.json', time.process_time() - began)
       snapshot = STAGES[name].absorb(experiment, snapshot, params)
     return snapshot, seconds
+
+
+def _kept(path, seconds):
+  """What training took the first time: a killed row is only measured when it is run again."""
+  if not path.is_file():
+    path.write_text(json.dumps(seconds))
+  return json.loads(path.read_text())
 
 
 def main(argv):
@@ -144,7 +151,11 @@ def main(argv):
         continue
       per_row.setdefault(row.name, []).append(runner(row, seed))
       jax.clear_caches()
-      summaries = {name: summarise(per_seed) for name, per_seed in per_row.items()}
+      summaries = {
+        row.name: summarise(per_row[row.name], per_row.get(compared_with(row), ()))
+        for row in rows
+        if row.name in per_row
+      }
       found = summaries[row.name]
       scores = ', '.join(f'{split} {100 * found[split][0]:.1f}' for split in SPLITS)
       print(f'{time.monotonic() - began:6.0f} s  seed {seed}  {row.name:32s} {scores}', flush=True)

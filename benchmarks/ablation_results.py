@@ -6,7 +6,7 @@ SPLITS = ('train', 'wording', 'fact', 'explicit', 'unrelated')
 
 
 def resampled(verdicts, draws=2000):
-  """Mean share and 95 % interval of (seeds, prompts) verdicts; both are resampled."""
+  """Mean and 95 % interval of (seeds, prompts) verdicts, or differences; both are resampled."""
   rng = np.random.default_rng(0)
   seeds, prompts = verdicts.shape
   s = rng.integers(seeds, size=(draws, seeds))
@@ -16,11 +16,31 @@ def resampled(verdicts, draws=2000):
   return float(verdicts.mean()), float(low), float(high)
 
 
-def summarise(per_seed):
-  """A row's {split: [mean, low, high, sd over seeds], 'drift', 'diversity', 'seconds', 'seeds'}."""
+def _verdicts(per_seed, split):
+  return np.array([[int(c) for c in scores['right'][split]] for scores in per_seed])
+
+
+def summarise(per_seed, reference=()):
+  """What a table has of a row.
+
+  Args:
+    per_seed: its scores, a seed each.
+    reference: those of the row that it is compared with, of which it takes as many seeds; the base
+      has one for all.
+
+  Returns:
+    {split: [mean, low, high, sd over seeds], 'drift', 'diversity', 'seconds', 'seeds'}, and of
+    unseen wordings, prompt by prompt, 'gain': [mean, low, high] over the reference.
+  """
   result = {'seeds': len(per_seed)}
+  if reference:
+    before = _verdicts(reference, 'wording')
+    if len(before) == 1:
+      before = np.repeat(before, len(per_seed), axis=0)
+    both = min(len(before), len(per_seed))
+    result['gain'] = resampled(_verdicts(per_seed, 'wording')[:both] - before[:both])
   for split in SPLITS:
-    verdicts = np.array([[int(c) for c in scores['right'][split]] for scores in per_seed])
+    verdicts = _verdicts(per_seed, split)
     deviation = float(verdicts.mean(1).std(ddof=1)) if len(per_seed) > 1 else None
     result[split] = [*resampled(verdicts), deviation]
   for name in ('drift', 'diversity'):
@@ -32,24 +52,31 @@ def summarise(per_seed):
 
 def table(rows, summaries):
   """Markdown, one table a group."""
-  columns = ('seeds', 'unseen wordings', 'trained', 'new facts', 'explicit', 'unrelated')
+  columns = ('seeds', 'unseen wordings', 'gain', 'trained', 'new facts', 'explicit', 'unrelated')
   head = f'| | {" | ".join(columns)} | drift | diversity | processor s |'
   lines = []
   for group in dict.fromkeys(row.group for row in rows if row.name in summaries):
-    lines += ['', f'**{group}**', '', head, '|---|' + '---|' * 9]
+    lines += ['', f'**{group}**', '', head, '|---|' + '---|' * 10]
     for row in rows:
       if row.group != group or row.name not in summaries:
         continue
       found = summaries[row.name]
       mean, low, high, deviation = found['wording']
       spread = '' if deviation is None else f' ± {100 * deviation:.1f}'
-      cells = [f'{100 * mean:.1f}{spread} ({100 * low:.0f}-{100 * high:.0f})']
+      cells = [f'{100 * mean:.1f}{spread} ({100 * low:.0f}-{100 * high:.0f})', _gain(found)]
       cells += [
         f'{100 * found[split][0]:.1f}' for split in ('train', 'fact', 'explicit', 'unrelated')
       ]
       cells += [f'{found["drift"]:.3f}', f'{found["diversity"]:.3f}', f'{found["seconds"]:.0f}']
       lines.append(f'| {row.name} | {found["seeds"]} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines[1:]) + '\n'
+
+
+def _gain(found):
+  if 'gain' not in found:
+    return ''
+  mean, low, high = (100 * x for x in found['gain'])
+  return f'{mean:+.1f} ({low:+.0f} to {high:+.0f})'
 
 
 def draw_curves(path, rows, summaries):

@@ -80,33 +80,33 @@ def _lora(name: str, pattern: str, rank: int) -> Row:
 
 
 def _no_rl(name: str, variant: str, start: str = 'mixture', **values: Any) -> Row:
-  return Row(
-    name,
-    'NO-RL' if start == 'mixture' else 'NO-RL from the base',
-    {'no_rl.variant': variant, **{f'no_rl.{key}': value for key, value in values.items()}},
-    start,
+  options = {f'no_rl.{key}': value for key, value in values.items()}
+  return Row(name, 'NO-RL', {'no_rl.variant': variant, **options}, start)
+
+
+def _elsewhere(group: str, start: Row, names: tuple[str, ...]) -> tuple[Row, ...]:
+  """Some of NO-RL's rows from another model."""
+  chosen = [row for row in _NO_RL if row.name in names]
+  return tuple(
+    dataclasses.replace(
+      row,
+      name=f'{row.name} {group.removeprefix("NO-RL ")}',
+      group=group,
+      values={**start.values, **row.values},
+      start=start.name,
+    )
+    for row in chosen
   )
 
 
 # Policy gradients follow the policy at once, as their authors have it.
 _AT_ONCE = {'behaviour_cap': 0.0}
 
-ROWS = (
-  Row('base', 'base', {}),
-  Row('mixture', 'DK-DM', {}),
-  _dk_dm('a, off-policy', 'off_policy'),
-  _dk_dm('a, path velocity', 'self_distillation'),
-  _dk_dm('supervised on the pictures', 'supervised'),
-  _dk_dm('a, path-KL weight', 'off_policy', **{'dk_dm.time_weight': 'path_kl'}),
-  _dk_dm('a, min-SNR weight', 'off_policy', **{'dk_dm.time_weight': 'min_snr'}),
-  _dk_dm('b1, on-policy', 'on_policy', **_ROLLOUTS),
-  _dk_dm('b2, renoised', 'renoised', **_ROLLOUTS),
-  _dk_dm('d, trajectory', 'trajectory', **_ROLLOUTS),
-  _dk_dm('d, paired endpoint', 'paired_endpoint', **_ROLLOUTS),
-  _critic(5),
-  _critic(1),
-  _dk_dm('mixture, branchwise', 'mixture', **{'dk_dm.guidance': 'branchwise'}),
-  _dk_dm('mixture, baked', 'mixture', **{'dk_dm.guidance': 'baked', 'sampling.cfg_scale': 1.0}),
+_BASE = Row('base', 'base', {})
+# Knows half of its prompts, so that NO-RL has mistakes to learn from.
+_HALF = Row('mixture, 40 steps', 'DK-DM', {'dk_dm.num_steps': 40})
+
+_NO_RL = (
   _no_rl('N1', 'negative_only'),
   _no_rl('N1, branch weights', 'negative_only', nft_weights='branch'),
   _no_rl('N1, group-normalised', 'negative_only', reward_scale='group'),
@@ -128,9 +128,46 @@ ROWS = (
   _no_rl('rejection sampling', 'rejection_sampling'),
   _no_rl('negatives subset', 'negatives_subset'),
   _no_rl('N0', 'repulsion'),
-  _no_rl('N1 from the base', 'negative_only', start='base'),
-  _no_rl('full NFT from the base', 'nft', start='base'),
-  _no_rl('positive-only NFT from the base', 'positive_only', start='base'),
+)
+
+ROWS = (
+  _BASE,
+  Row('mixture', 'DK-DM', {}),
+  _dk_dm('a, off-policy', 'off_policy'),
+  _dk_dm('a, path velocity', 'self_distillation'),
+  _dk_dm('supervised on the pictures', 'supervised'),
+  _dk_dm('a, path-KL weight', 'off_policy', **{'dk_dm.time_weight': 'path_kl'}),
+  _dk_dm('a, min-SNR weight', 'off_policy', **{'dk_dm.time_weight': 'min_snr'}),
+  _dk_dm('b1, on-policy', 'on_policy', **_ROLLOUTS),
+  _dk_dm('b2, renoised', 'renoised', **_ROLLOUTS),
+  _dk_dm('d, trajectory', 'trajectory', **_ROLLOUTS),
+  _dk_dm('d, paired endpoint', 'paired_endpoint', **_ROLLOUTS),
+  _critic(5),
+  _critic(1),
+  _dk_dm('mixture, branchwise', 'mixture', **{'dk_dm.guidance': 'branchwise'}),
+  _dk_dm('mixture, baked', 'mixture', **{'dk_dm.guidance': 'baked', 'sampling.cfg_scale': 1.0}),
+  _HALF,
+  *_NO_RL,
+  *_elsewhere(
+    'NO-RL from 40 steps',
+    _HALF,
+    (
+      'N1',
+      'N1, no KL',
+      'N1, guided by 3',
+      'N2',
+      'N3',
+      'N3, W-REINFORCE',
+      'N4',
+      'N5',
+      'full NFT',
+      'full NFT, guided by 3',
+      'positive-only NFT',
+      'rejection sampling',
+      'negatives subset',
+    ),
+  ),
+  *_elsewhere('NO-RL from the base', _BASE, ('N1', 'full NFT', 'positive-only NFT')),
   Row('1 wording', 'wordings', {'data.wordings_per_fact': 1}),
   Row('2 wordings', 'wordings', {'data.wordings_per_fact': 2}),
   Row('4 wordings', 'wordings', {'data.wordings_per_fact': 4}),
@@ -165,6 +202,14 @@ def config_of(row, seed, quick=False):
   if no_rl and row.start != 'base':
     values['stages'] = ('dk_dm', 'no_rl')
   return resolve(from_mapping(ExperimentConfig, values))
+
+
+def compared_with(row):
+  """The name of the row whose pictures of the same prompts a row's are held against, or None."""
+  if row.group.startswith('NO-RL'):
+    return row.start
+  # Other numbers of facts have other prompts.
+  return None if row.group in ('base', 'facts') or row.name == 'mixture' else 'mixture'
 
 
 def slug(name):

@@ -72,7 +72,39 @@ def test_summary_and_table(modules):
   assert found['seconds'] == 4.0 and abs(found['drift'] - 0.2) < 1e-12 and found['seeds'] == 2
   text = results.table(rows.ROWS, {'mixture': found, 'base': results.summarise([one])})
   assert '| mixture | 2 | 75.0 ± 35.4 (' in text and '| base | 1 | 50.0 (' in text
+  assert ') |  | 50.0 |' in text  # neither is compared with anything
   assert '**NO-RL**' not in text
+
+
+def test_gains_are_of_the_same_prompts(modules):
+  results, rows = modules
+
+  def scores(*verdicts):
+    right = [{split: one for split in results.SPLITS} for one in verdicts]
+    return [{'right': one, 'drift': 0.0, 'diversity': 0.0, 'seconds': 1.0} for one in right]
+
+  # One prompt won by each seed: of shares alone nobody could tell.
+  mean, low, high = results.summarise(scores('0111', '1110'), scores('0011', '1100'))['gain']
+  assert mean == 0.25 and 0 <= low < mean < high
+  # The base has one seed, another row may have fewer.
+  assert results.summarise(scores('11', '11'), scores('00'))['gain'] == (1.0, 1.0, 1.0)
+  assert results.summarise(scores('11'), scores('11', '00'))['gain'] == (0.0, 0.0, 0.0)
+  start = {row.name: rows.compared_with(row) for row in rows.ROWS}
+  assert start['N1'] == start['b1, on-policy'] == start['1 wording'] == 'mixture'
+  assert start['N1 from the base'] == 'base' and start['N1 from 40 steps'] == 'mixture, 40 steps'
+  assert start['base'] is start['mixture'] is start['12 facts'] is None
+  found = {'N1': results.summarise(scores('0111', '1110'), scores('0011', '1100'))}
+  assert '| +25.0 (' in results.table(rows.ROWS, found)
+
+
+def test_models_that_rows_begin_with_are_rows(modules):
+  _, rows = modules
+  by_name = {row.name: row for row in rows.ROWS}
+  for row in rows.ROWS:
+    start = rows.config_of(by_name[row.start], seed=0)
+    mine = rows.config_of(row, seed=0)
+    if row.start != 'base':
+      assert mine.dk_dm == start.dk_dm and mine.data == start.data, row.name
 
 
 def test_unknown_rows_are_refused(modules):
@@ -95,11 +127,11 @@ def test_rows_train_and_are_not_trained_twice(emoji_cache, tmp_path):
     f'--output={tmp_path / "out"}',
     '--quick',
     '--seeds=1',
-    '--rows=base,mixture,c,N1 from,N3',
+    '--rows=base,mixture,c,N1 from,N5',
   ]
   first = subprocess.run(command, capture_output=True, text=True, check=True)
   scores = {p: p.read_bytes() for p in (tmp_path / 'work').glob('*/scores.json')}
-  assert len(scores) == 9
+  assert len(scores) == 11
   second = subprocess.run(command, capture_output=True, text=True, check=True)
   assert json.loads(first.stdout.splitlines()[-1]) == json.loads(second.stdout.splitlines()[-1])
   assert all(path.read_bytes() == old for path, old in scores.items())
