@@ -126,6 +126,18 @@ _NO_RL = (
   _no_rl('full NFT, guided by 3', 'nft', cfg_scale=3.0),
   _no_rl('positive-only NFT', 'positive_only'),
   _no_rl('rejection sampling', 'rejection_sampling'),
+  # As their authors have them: what is better than a prompt's other pictures is right.
+  _no_rl('DiffusionNFT', 'nft', reward_scale='group', nft_weights='branch'),
+  _no_rl(
+    'Flow-GRPO',
+    'policy_gradient',
+    reward_scale='group',
+    positive_weight=1.0,
+    dynamics='sde',
+    noise_level=0.7,
+    **_AT_ONCE,
+  ),  # fmt: skip
+  _no_rl('AWM', 'advantage_weighted', reward_scale='group', positive_weight=1.0, **_AT_ONCE),
   _no_rl('negatives subset', 'negatives_subset'),
   _no_rl('N0', 'repulsion'),
 )
@@ -153,6 +165,7 @@ ROWS = (
     _HALF,
     (
       'N1',
+      'N1, group-normalised',
       'N1, no KL',
       'N1, guided by 3',
       'N2',
@@ -161,12 +174,14 @@ ROWS = (
       'N4',
       'N5',
       'full NFT',
-      'full NFT, guided by 3',
       'positive-only NFT',
       'rejection sampling',
+      'DiffusionNFT',
+      'Flow-GRPO',
+      'AWM',
       'negatives subset',
     ),
-  ),
+  ),  # fmt: skip
   *_elsewhere('NO-RL from the base', _BASE, ('N1', 'full NFT', 'positive-only NFT')),
   Row('1 wording', 'wordings', {'data.wordings_per_fact': 1}),
   Row('2 wordings', 'wordings', {'data.wordings_per_fact': 2}),
