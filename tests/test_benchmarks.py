@@ -16,6 +16,8 @@ from benchmark_files import (
 
 from eru_jax.benchmarks import base, contamination, files, science_t2i, wise
 from eru_jax.benchmarks.base import Question, as_pairs, fewer
+from eru_jax.benchmarks.conversion import convert
+from eru_jax.benchmarks.files import read_rows
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 
@@ -177,6 +179,42 @@ def test_several_sets_below_one_directory(tmp_path):
   assert len(science_t2i.read_training(str(tmp_path))) == 6
 
 
+@pytest.mark.parametrize('name', ['empty.json', 'empty.jsonl', 'list.json'])
+def test_files_without_rows_are_refused(name, tmp_path):
+  path = tmp_path / name
+  path.write_text('[]' if name == 'list.json' else ' \n')
+  with pytest.raises(UserError, match='has no rows: get the file again'):
+    list(read_rows(path))
+
+
+def test_how_much_of_wise_there_is_is_told():
+  assert wise.edition('', 1000) == '1000 prompts'
+  assert wise.edition('', 49) == 'only 49 of its 1000 prompts'
+
+
+def test_test_sets_that_are_not_whole_do_not_filter(tmp_path):
+  pairs = tmp_path / 'pairs.jsonl'
+  write_lines(pairs, [{'implicit': 'a', 'explicit': 'b', 'split': 'train'}])
+  data = write_wise(tmp_path / 'WISE')
+  with pytest.raises(UserError, match='has 13 of 1000 questions, so pairs near the others would'):
+    convert(None, None, str(pairs), [f'wise={data}'], 0.5, str(tmp_path / 'out.jsonl'))
+
+
+def test_prompts_for_anchors_are_no_pairs_to_train_on(tmp_path):
+  write_lines(tmp_path / 'set' / 'train.jsonl', [training_row(0)])
+  with pytest.raises(UserError, match='give --benchmark=science_t2i, which reads pairs'):
+    convert('science_t2i_train', str(tmp_path / 'set'), None, [], 0.5, str(tmp_path / 'out.jsonl'))
+
+
+@pytest.mark.parametrize(
+  'folder', ['science-t2i-s', 'datasets--Jialuo21--Science-T2I-S/snapshots/0123abcd']
+)
+def test_sets_are_known_by_their_folder(folder, tmp_path):
+  write_lines(tmp_path / folder / 'data' / 'test.jsonl', [science_row(0)])
+  (found,) = science_t2i.read_questions(str(tmp_path / folder))
+  assert found.split == 'S'
+
+
 def test_editions_are_told_by_their_rows():
   assert science_t2i.edition('S', 671) == 'first edition, 671 rows'
   assert '2026' in science_t2i.edition('S', 227)
@@ -333,6 +371,42 @@ def test_pairs_near_a_test_prompt_or_with_its_answer_are_dropped():
     "such as 'A, B! C? D.', near 'a b c d'",
     '5 of 7 pairs dropped, 2 kept',
   ]
+
+
+@pytest.mark.parametrize(
+  'prompt, explicit, test, answer, explanation',
+  [
+    ('🍎 🍎', 'x', '🍎🍎', '', ''),
+    ('掉在牛顿头上的那个水果', 'x', '掉在牛顿头上的水果', '', ''),
+    ('p', 'the boxes', 'q', 'A box.', ''),
+    ('p', 'cherries', 'q', 'cherry', ''),
+    ('p', 'movies', 'q', 'The movie', ''),
+    ('p', 'Eiffel Tower', 'q', '', 'It is the Eiffel Tower, of course.'),
+    ('p', 'red apples', 'q', 'Some red apples that lie on the green grass', ''),
+  ],
+)
+def test_forms_of_a_prompt_and_of_an_answer(prompt, explicit, test, answer, explanation):
+  held_out = {'test': [question(test, answer, explanation)]}
+  assert contamination.decontaminate([KnowledgePair(prompt, explicit)], held_out).dropped == 1
+
+
+@pytest.mark.parametrize(
+  'explicit, answer, explanation',
+  [
+    ('ice', '', 'It melts as ice does, and floats.'),  # one word is in much that is about others
+    ('glass', 'glasses of another thing entirely, in a row', ''),
+    ('red app', 'Some red apples that lie on the green grass', ''),
+  ],
+)
+def test_other_answers_stay(explicit, answer, explanation):
+  held_out = {'test': [question('q', answer, explanation)]}
+  assert contamination.decontaminate([KnowledgePair('p', explicit)], held_out).dropped == 0
+
+
+def test_a_share_of_words_that_is_just_enough():
+  # 0.28 * 25 is 7.000000000000001 in floating point, whose ceiling is 8.
+  nearest = contamination._Nearest([' '.join(f'w{i}' for i in range(7))])
+  assert nearest(' '.join(f'w{i}' for i in range(25)), 0.28)[0] == 7 / 25
 
 
 def test_the_quick_search_finds_what_trying_all_finds():

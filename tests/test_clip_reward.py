@@ -334,7 +334,9 @@ def test_the_stage_holds_every_picture_against_the_implicit_prompt_of_its_pair(c
   from eru_jax.training.experiment import Snapshot, TextTable
   from eru_jax.training.stages import no_rl
 
-  pairs = [KnowledgePair(prompt, f'answer {n}') for n, prompt in enumerate(PROMPTS)]
+  # The last two lead to one answer: its pictures are held against the first of them.
+  answers = ['answer 0', 'answer 1', 'answer 2', 'Answer 2']
+  pairs = [KnowledgePair(*both) for both in zip(PROMPTS, answers, strict=True)]
   explicit = [dataclasses.replace(p, implicit=p.explicit, split='explicit') for p in pairs]
   world = World({'train': PairTable(tuple(pairs)), 'explicit': PairTable(tuple(explicit))})
   prompts = ['', *world.all_prompts]
@@ -374,8 +376,9 @@ def test_the_stage_holds_every_picture_against_the_implicit_prompt_of_its_pair(c
 
   drawn = np.concatenate([[p.implicit for p in pairs], [p.implicit for p in explicit]])
   rows = np.concatenate([index['implicit'], 4 + index['explicit']])
-  names = np.repeat(drawn[rows[np.argsort(np.arange(6) % 3, kind='stable')]], 2)
-  np.testing.assert_array_equal(batch['text'].tokens, tokens[text.index(list(names))])
+  rows = np.repeat(rows[np.argsort(np.arange(6) % 3, kind='stable')], 2)
+  np.testing.assert_array_equal(batch['text'].tokens, tokens[text.index(list(drawn[rows]))])
+  names = np.array([PROMPTS[row] for row in (0, 1, 2, 3, 0, 1, 2, 2)])[rows]
   pictures = np.asarray(_Model().decode(decoder, examples['x_0']))
   theirs, scale, _ = _reference(clip, pictures, list(names))
   wanted = 100 * np.maximum(theirs / scale, 0)

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import types
 import zlib
 
@@ -451,6 +452,15 @@ def test_clip_scores_are_those_of_the_reward_whatever_the_batch(tmp_path, monkey
     == scorer.identity
     != open_scorer('sci_score', 'tiny_clip', asked, 'here', None).identity
   )
+  # Another model of the same names and sizes is another scorer.
+  finer = tmp_path / 'finer'
+  shutil.copytree(model_path('tiny_clip'), finer)
+  assert open_scorer('clip_score', str(finer), asked, 'here', None).identity == scorer.identity
+  weights = next(finer.glob('*.safetensors'))
+  data = bytearray(weights.read_bytes())
+  data[-1] ^= 1
+  weights.write_bytes(data)
+  assert open_scorer('clip_score', str(finer), asked, 'here', None).identity != scorer.identity
 
 
 def test_pictures_of_several_sizes_are_scored_in_calls_of_their_own(studio, tmp_path):

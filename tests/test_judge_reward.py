@@ -282,8 +282,8 @@ def test_a_run_with_a_judge_resumes_exactly_and_asks_nothing_twice(tmp_path, mon
       level, text = _level(picture_of(request)), text_of(request)
       known.append(level % 4 != 0)
       scores.append((0.7 * (level % 3) + 0.2 * (level // 3 % 3)) / 2)
-      # Against the pair's anchor, whether it was drawn of that or not.
-      number = re.search(r'Prompt: (?:prompt|answer) (\d)\n', text)[1]
+      # Asked about the pair's prompt, whether it was drawn of that or of the anchor.
+      number = re.search(r'Prompt: prompt (\d)\n', text)[1]
       assert f'Explanation: answer {number}\n' in text
     assert 3 < np.sum(known) < 32
     rows = runs.rows('unbroken')

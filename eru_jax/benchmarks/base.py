@@ -93,6 +93,7 @@ class Benchmark:
     images_per_prompt: pictures of each prompt that its authors draw.
     training: --data -> knowledge pairs to train on, or None where all is for testing.
     edition: (split, questions that it has) -> which edition that is, or None where there is one.
+    size: questions that it has, or None if that differs.
     about: a sentence on what the numbers are, and what they are not.
   """
 
@@ -103,6 +104,7 @@ class Benchmark:
   images_per_prompt: int = 1
   training: Callable[[str], list[KnowledgePair]] | None = None
   edition: Callable[[str, int], str] | None = None
+  size: int | None = None
   about: str = ''
 
   def protocol(self, scorer: str) -> Protocol:

@@ -2,7 +2,9 @@
 
 Published prompt sets copy from each other. A training pair goes if one of its prompts shares at
 least half of its words with a test prompt (Jaccard similarity of the sets of words), explicit and
-superficial prompts and rewrites included, or if it asks for what a test prompt asks for.
+superficial prompts and rewrites included, or if it asks for what a test prompt asks for: its
+explicit prompt is short, and is that prompt's too or what the prompt's explanation refers to, or
+has several words and stands in either.
 """
 
 import collections
@@ -20,6 +22,10 @@ THRESHOLD = 0.5
 _ENTITY_WORDS = 4
 # 'This refers to mooncakes, the round pastries ...' -> 'mooncakes'
 _REFERS = re.compile(r'\b(?:refers? to|known as|called)\s+([^,.;:()]+)', re.IGNORECASE)
+# Kana, Chinese characters and Hangul: without spaces between words, each counts as one.
+_ALONE = '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af'
+_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+(?:'[^\W{_ALONE}]+)*")
+_ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +62,15 @@ class Report:
     return [*told, f'{self.dropped} of {self.total} pairs dropped, {len(self.kept)} kept']
 
 
+def _word_list(text: str) -> list[str]:
+  text = unicodedata.normalize('NFKC', text).casefold().replace('’', "'")
+  # Of signs alone, such as emoji, the signs.
+  return _WORD.findall(text) or list(''.join(text.split()))
+
+
 def words(prompt: str) -> frozenset[str]:
   """The different words of a prompt, in small letters, without punctuation."""
-  text = unicodedata.normalize('NFKC', prompt).casefold().replace('’', "'")
-  return frozenset(re.findall(r"\w+(?:'\w+)*", text))
+  return frozenset(_word_list(prompt))
 
 
 def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
@@ -68,16 +79,22 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
   return len(first & second) / together if together else 0.0
 
 
+def _singular(word: str) -> str:
+  """A form that a noun's singular and its regular plural share: 'cherry' of 'cherries'."""
+  if len(word) > 3 and word.endswith('s') and not word.endswith(('ss', 'us', 'is')):
+    word = word[: -2 if word.endswith(('ches', 'shes', 'sses', 'xes', 'zes')) else -1]
+  return f'{word[:-2]}y' if word.endswith('ie') else word
+
+
+def plain(text: str) -> str:
+  """A text's words in order, in a form to compare: singular, small letters, no punctuation."""
+  return ' '.join(map(_singular, _word_list(text)))
+
+
 def entity(text: str) -> str:
-  """What a short prompt names, in a form to compare: 'The Mooncakes.' -> 'mooncake'; '' if long."""
-  name = re.sub(r'[^\w\s]', ' ', without_article(unicodedata.normalize('NFKC', text)))
-  found = name.split()
-  if not found or len(found) > _ENTITY_WORDS:
-    return ''
-  last = found[-1]
-  if len(last) > 3 and last.endswith('s') and not last.endswith(('ss', 'us', 'is')):
-    found[-1] = last[:-1]
-  return ' '.join(found)
+  """What a short prompt names, as `plain`: 'The Mooncakes.' -> 'mooncake'; '' if it is long."""
+  found = plain(without_article(unicodedata.normalize('NFKC', text)))
+  return found if len(found.split()) <= _ENTITY_WORDS else ''
 
 
 def entities(question: Question) -> set[str]:
@@ -85,6 +102,19 @@ def entities(question: Question) -> set[str]:
   texts = [question.prompts.get('explicit', '')]
   texts += _REFERS.findall(question.explanation)
   return {name for text in texts if (name := entity(text))}
+
+
+class _Answers:
+  """What the questions of a test set ask for."""
+
+  def __init__(self, questions: Sequence[Question]):
+    self._named = set().union(*(entities(question) for question in questions))
+    texts = [(q.prompts.get('explicit', ''), q.explanation) for q in questions]
+    self._told = '\n'.join(f' {plain(text)} ' for both in texts for text in both)
+
+  def __contains__(self, asked: str) -> bool:
+    # One word alone is in many explanations that are about something else.
+    return asked in self._named or (' ' in asked and f' {asked} ' in self._told)
 
 
 class _Nearest:
@@ -104,11 +134,12 @@ class _Nearest:
 
   def __call__(self, prompt: str, threshold: float) -> tuple[float, str] | None:
     mine = words(prompt)
-    looked_up = len(mine) - math.ceil(threshold * len(mine)) + 1
+    looked_up = len(mine) - math.ceil(threshold * len(mine) - _ROUNDING) + 1
     rarest = sorted(mine, key=lambda word: (len(self._rows.get(word, ())), word))[:looked_up]
     rows = {row for word in rarest for row in self._rows.get(word, ())}
     best = max(((jaccard(mine, self._words[row]), -row) for row in rows), default=(0.0, 0))
-    return (best[0], self._prompts[-best[1]]) if rows and best[0] >= threshold else None
+    enough = rows and best[0] >= threshold - _ROUNDING
+    return (best[0], self._prompts[-best[1]]) if enough else None
 
 
 def decontaminate(
@@ -127,10 +158,7 @@ def decontaminate(
     name: _Nearest(prompt for question in questions for prompt in question.prompts.values())
     for name, questions in held_out.items()
   }
-  answers = {
-    name: set().union(*(entities(question) for question in questions))
-    for name, questions in held_out.items()
-  }
+  answers = {name: _Answers(questions) for name, questions in held_out.items()}
   near, same = dict.fromkeys(held_out, 0), dict.fromkeys(held_out, 0)
   kept, example = [], (0.0, '', '')
   for pair in pairs:

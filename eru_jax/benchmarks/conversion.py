@@ -44,7 +44,13 @@ def convert(
     found = benchmark(name)
     # Its reader says how to get the files if there are none.
     if found.training is None or data is None:
-      given = as_pairs(found.read(data), found.name)
+      questions = found.read(data)
+      if any(question.split == 'train' for question in questions):
+        raise UserError(
+          f'--benchmark={name} is for `evaluate`: give --benchmark={name.removesuffix("_train")}, '
+          'which reads pairs to train on and filters them.'
+        )
+      given = as_pairs(questions, found.name)
     else:
       given = found.training(data)
   training = [pair for pair in given if pair.split == 'train']
@@ -81,5 +87,10 @@ def _held_out(flags: Sequence[str]) -> dict[str, list[Question]]:
     if not equals or not directory:
       raise UserError(f'--held_out={flag}: give NAME=DIR, such as wise=WISE.')
     key = f'{name} ({directory})' if name in found else name
-    found[key] = benchmark(name).read(directory)
+    found[key], size = benchmark(name).read(directory), benchmark(name).size
+    if size is not None and len(found[key]) < size:
+      raise UserError(
+        f'--held_out={flag} has {len(found[key])} of {size} questions, so pairs near the others '
+        'would be kept: get all of its files.'
+      )
   return found

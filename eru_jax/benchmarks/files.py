@@ -56,9 +56,19 @@ def read_rows(
     (what names the row in an error, the row).
 
   Raises:
-    UserError: if the file cannot be read, or a row is no object.
+    UserError: if the file cannot be read or has no row, or a row is no object.
   """
-  path = pathlib.Path(path)
+  path, empty = pathlib.Path(path), True
+  for found in _rows(path, columns):
+    empty = False
+    yield found
+  if empty:
+    raise UserError(f'{path} has no rows: get the file again, or take it away.')
+
+
+def _rows(
+  path: pathlib.Path, columns: Sequence[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
   if path.suffix.lower() == '.parquet':
     yield from _parquet_rows(path, columns)
     return

@@ -29,6 +29,7 @@ from eru_jax.errors import UserError
 
 _DOWNLOAD = '`hf download --repo-type dataset Jialuo21/Science-T2I-S --local-dir DIR`'
 _PROMPTS = {name: f'{name}_prompt' for name in ('implicit', 'explicit', 'superficial')}
+_HUB_NAME = re.compile(r'science-t2i-([sc])$', re.IGNORECASE)
 _RUBRIC = {'scene': 'scene_scoring', 'reality': 'real_scoring'}
 _COLUMNS = (*_PROMPTS.values(), *_RUBRIC.values(), 'category', 'law')
 # SciScore's published two-choice accuracy on S and C is at most 81 % for these.
@@ -37,6 +38,7 @@ UNRELIABLE_LAWS = ('absorption', 'buoyancy', 'immiscibility')
 EDITIONS = {
   'S': {671: 'first edition, 671 rows', 227: 'edition of March 2026, 227 rows'},
   'C': {227: '227 rows'},
+  'test': {454: 'S and C of March 2026 together, 454 rows'},
 }
 
 
@@ -169,12 +171,14 @@ def _split(path: pathlib.Path, root: pathlib.Path) -> str:
   """What a file is a part of: 'train', 'S', 'C', or its own name without the shard's number."""
   stem = re.sub(r'-\d{5}-of-\d{5}.*$', '', path.stem)
   top = (root.parent if root.is_file() else root).absolute().parent
+  # The hub's cache: datasets--OWNER--NAME/snapshots/COMMIT.
+  top = top.parent.parent if top.name == 'snapshots' else top
   folders = [part for part in path.absolute().relative_to(top).parts[:-1] if part != 'data']
   for name in (stem, *reversed(folders)):
     if re.search(r'(?:^|[-_])train', name, re.IGNORECASE):
       return 'train'
-    if found := re.search(r'(?:^|[-_])([SC])$', name):
-      return found[1]
+    if found := re.search(r'(?:^|[-_])([SC])$', name) or _HUB_NAME.search(name):
+      return found[1].upper()
   return stem
 
 

@@ -18,6 +18,7 @@ from eru_jax.benchmarks.files import data_directory, integer_of, read_rows, text
 from eru_jax.errors import UserError
 
 _CLONE = '`git clone https://github.com/PKU-YuanGroup/WISE`'
+_SIZE = 1000
 _FILES = ('cultural_common_sense', 'spatio-temporal_reasoning', 'natural_science')
 # Last id of each category. The published scripts go by these, not by the field "Category".
 _LEGACY_ENDS = {
@@ -127,6 +128,12 @@ def _question(
   )
 
 
+def edition(split: str, rows: int) -> str:
+  """Whether all of a release is there: a part's score cannot be compared."""
+  del split
+  return f'{rows} prompts' if rows == _SIZE else f'only {rows} of its {_SIZE} prompts'
+
+
 BENCHMARKS = (
   Benchmark(
     name='wise',
@@ -138,6 +145,8 @@ BENCHMARKS = (
       ),
       **CLIP_PROTOCOLS,
     },
+    edition=edition,
+    size=_SIZE,
     about='WiScore from 0 to 1, by a judge on three scales; the scores of two judges, or of two '
     'snapshots of one, cannot be compared.',
   ),
@@ -151,6 +160,8 @@ BENCHMARKS = (
       ),
       **CLIP_PROTOCOLS,
     },
+    edition=edition,
+    size=_SIZE,
     about='Share of pictures that a judge calls right, categories weighted as published.',
   ),
 )

@@ -6,8 +6,6 @@ scored; nothing here makes a number of that.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -123,6 +121,7 @@ def _emoji(questions: Sequence[Question], source: str) -> Scorer:
 
 
 def _clip(name: str, model: str, mesh: str | None) -> Scorer:
+  from eru_jax.evaluating.drawing import source_stamp
   from eru_jax.rewards.clip import load_clip_reward
   from eru_jax.training.batches import on_mesh
   from eru_jax.training.config import model_path
@@ -156,6 +155,5 @@ def _clip(name: str, model: str, mesh: str | None) -> Scorer:
       found = np.asarray(program()(*on_mesh((images[rows], text), devices)))
     return [{name: float(value)} for value in found[: len(images)]]
 
-  stamp = [(path.name, path.stat().st_size) for path in sorted(pathlib.Path(root).iterdir())]
-  identity = f'{name}/1/{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]}'
-  return Scorer(name, identity, score)
+  # Of the contents: fine-tuned models have the names and sizes of their base.
+  return Scorer(name, f'{name}/2/{source_stamp(model)}', score)

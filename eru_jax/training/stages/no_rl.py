@@ -9,6 +9,8 @@ import numpy as np
 
 from eru_jax import distributed, flow
 from eru_jax.data import pipeline
+from eru_jax.data.emoji_knowledge import PairTable
+from eru_jax.data.pairs import normalise
 from eru_jax.errors import UserError
 from eru_jax.losses import policy_gradient
 from eru_jax.rewards.anchors import anchored, read_anchors
@@ -49,8 +51,7 @@ def open_reward(
   """Loads what `no_rl.reward` names, its parameters onto the mesh.
 
   The emoji classifier's targets are the pairs' classes, CLIP's the features of their implicit
-  prompts; those of explicit rollouts (`explicit_share`) are of the prompt that is drawn. A judge's
-  are rows of all pairs.
+  prompts. A judge's are rows of all pairs.
 
   Raises:
     UserError: if a file is missing, damaged or of another model.
@@ -78,13 +79,20 @@ def open_reward(
   return reward
 
 
+def led_to(anchors: PairTable, pairs: PairTable) -> PairTable:
+  """The first pair that leads to each anchor; of an anchor that none leads to, its own."""
+  first = {normalise(pair.explicit): pair for pair in reversed(pairs.pairs)}
+  found = (first.get(normalise(anchor.explicit), anchor) for anchor in anchors.pairs)
+  return dataclasses.replace(anchors, pairs=tuple(found))
+
+
 def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -> Stage:
   """The NO-RL stage; rollouts, reward and update all run in compiled code on one mesh.
 
   All but the reward 'judge', which is asked between rollouts and updates, about whole iterations.
 
-  Every picture is held against the implicit prompt of its pair, one of an explicit anchor against
-  that anchor: see `open_reward`.
+  Every picture is held against an implicit prompt, one of an explicit anchor against the first
+  that leads to it: so all rewards are on one scale.
 
   Raises:
     UserError: if there is no reward model, or nothing to train on.
@@ -122,7 +130,8 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
 
   @functools.cache
   def targets():
-    return {name: reward().targets(tables[name]) for name in drawn}
+    asked = tables | {'explicit': led_to(tables['explicit'], tables['implicit'])}
+    return {name: reward().targets(asked[name]) for name in drawn}
 
   schedule = experiment.schedule(model, config.rollout_steps)
   density = flow.TimestepDensity('uniform', t_min=config.time_min, t_max=config.time_max)
