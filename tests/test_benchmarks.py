@@ -1,7 +1,9 @@
 """Benchmarks as data: readers of their files, and the filter for training sets."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -122,8 +124,7 @@ def test_how_to_get_the_files_is_told(tmp_path):
   for read in (wise.read_legacy, wise.read_verified):
     assert 'git clone https://github.com/PKU-YuanGroup/WISE' in refusal(read, str(tmp_path))
     assert 'needs --data=DIR' in refusal(read, None)
-  hub = refusal(science_t2i.read_questions, 'Jialuo21/Science-T2I-S')
-  assert 'nothing is downloaded by itself' in hub and 'hf download --repo-type dataset' in hub
+  assert 'give --data=Jialuo21/Science-T2I-S, or a' in refusal(science_t2i.read_questions, None)
   assert 'no such directory' in refusal(science_t2i.read_questions, '/nosuch')
 
 
@@ -165,6 +166,38 @@ def test_science_t2i_as_the_hub_lays_it_out(kind, letter, tmp_path):
     'object 2 left to itself', 'object 2 lying on the floor', 'seasonal change', letter,
     f'{letter}-0003',
   )  # fmt: skip
+
+
+_READ = """
+import sys
+from eru_jax.benchmarks.science_t2i import read_questions
+from eru_jax.errors import UserError
+try:
+  print([question.id for question in read_questions(sys.argv[1])])
+except UserError as error:
+  print(error)
+"""
+
+
+@pytest.mark.parametrize('offline', ['1', ''])
+def test_ids_of_the_hub(offline, tmp_path):
+  """From the hub's own cache; where the hub is out of reach, in one sentence."""
+  at = tmp_path / 'hub' / 'datasets--someone--Science-T2I-S'
+  write_set(at / 'snapshots' / ('0' * 40), 'jsonl', 2)
+  (at / 'refs').mkdir()
+  (at / 'refs' / 'main').write_text('0' * 40)
+  environment = os.environ | {'HF_HUB_CACHE': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': offline}
+  environment |= {'HF_ENDPOINT': 'http://127.0.0.1:9', 'PYTHONPATH': os.pathsep.join(sys.path)}
+
+  def told(data):
+    command = [sys.executable, '-c', _READ, data]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+  assert told('someone/Science-T2I-S') == "['S-0001', 'S-0002']"
+  refused = told('someone/Science-T2I-C')
+  assert 'the Hugging Face hub did not give it (' in refused and '\n' not in refused
+  assert '--data=someone/Science-T2I-S@other' in told('someone/Science-T2I-S@other')
 
 
 def test_several_sets_below_one_directory(tmp_path):

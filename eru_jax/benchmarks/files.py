@@ -6,7 +6,6 @@ They are a stranger's: whatever is wrong with one is a sentence that names the f
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,11 +33,6 @@ def data_directory(data: str | None, name: str, hub: str) -> pathlib.Path:
   path = pathlib.Path(data).expanduser()
   if path.exists():
     return path
-  if re.fullmatch(r'[\w.-]+/[\w.-]+', data):
-    raise UserError(
-      f'--data={data} is no directory here, and nothing is downloaded by itself: {hub}, then give '
-      'its directory.'
-    )
   raise UserError(f'--data={data}: there is no such directory; {hub}.')
 
 

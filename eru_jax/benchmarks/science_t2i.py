@@ -1,9 +1,8 @@
 """Science-T2I (Li et al., arXiv:2504.13129): laws of nature, asked for in three ways.
 
 Implicit prompts need the law, explicit ones say what it leads to, and superficial ones say what a
-reader who does not know it would draw. Its data sets are on the Hugging Face hub (Apache-2.0):
-
-  hf download --repo-type dataset Jialuo21/Science-T2I-S --local-dir DIR
+reader who does not know it would draw. Its data sets are on the Hugging Face hub (Apache-2.0), and
+--data takes their ids, such as Jialuo21/Science-T2I-S, or directories.
 
 `Science-T2I-S` had 671 rows at first and has 227 since March 2026, `-C` has 227, `Science-T2I` is
 the new S and C together, `-Trainset` (whose prompts are lists) is for training, and `-Fullset` has
@@ -15,6 +14,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Mapping
 
+from eru_jax.benchmarks import hub
 from eru_jax.benchmarks.base import CLIP_PROTOCOLS, Benchmark, Protocol, Question
 from eru_jax.benchmarks.files import (
   SUFFIXES,
@@ -27,7 +27,7 @@ from eru_jax.benchmarks.files import (
 from eru_jax.data.pairs import KnowledgePair, normalise
 from eru_jax.errors import UserError
 
-_DOWNLOAD = '`hf download --repo-type dataset Jialuo21/Science-T2I-S --local-dir DIR`'
+_DOWNLOAD = 'give --data=Jialuo21/Science-T2I-S, or a directory that `hf download` made'
 _PROMPTS = {name: f'{name}_prompt' for name in ('implicit', 'explicit', 'superficial')}
 _HUB_NAME = re.compile(r'science-t2i-([sc])$', re.IGNORECASE)
 _RUBRIC = {'scene': 'scene_scoring', 'reality': 'real_scoring'}
@@ -55,7 +55,7 @@ def read_questions(data: str | None) -> list[Question]:
   """Questions of all test sets below a directory, or of one file.
 
   Args:
-    data: what `hf download` made, or a directory of .json, .jsonl or .parquet files.
+    data: an id of the hub, or a directory of .json, .jsonl or .parquet files, or one of these.
 
   Returns:
     Questions in order of set, file and row; `split` is 'S', 'C' or what the file's name says.
@@ -144,7 +144,8 @@ def edition(split: str, rows: int) -> str:
 
 def _rows(data: str | None, training: bool) -> Iterator[tuple[str, str, dict]]:
   """(split, where, row) of the training set, or of all the others."""
-  root = data_directory(data, 'science_t2i', _DOWNLOAD)
+  named = data is not None and not pathlib.Path(data).expanduser().exists() and hub.is_id(data)
+  root = hub.download(data) if named else data_directory(data, 'science_t2i', _DOWNLOAD)
   files = [root] if root.is_file() else sorted(p for p in root.rglob('*') if _is_data(p, root))
   named = [(_split(path, root), path) for path in files]
   chosen = [(split, path) for split, path in named if (split == 'train') == training]
