@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from eru_jax import sharding
+from eru_jax import distributed, sharding
 from eru_jax.errors import UserError
 from eru_jax.training.batches import on_mesh
 from eru_jax.training.checkpoint import StageCheckpoints
@@ -172,7 +172,7 @@ def load_result(
     UserError: if the stage's checkpoints are damaged.
   """
   directory = workdir / 'checkpoints' / name
-  if not directory.is_dir():
+  if not distributed.agreed(directory.is_dir):
     return None
   checkpoints = StageCheckpoints(directory)
   restored = checkpoints.restore(initialiser(stage, config, mesh)[2], repair=False)
@@ -180,7 +180,7 @@ def load_result(
   if restored is None:
     return None
   state, step = restored[0], int(restored[0].step)
-  if step < config.num_steps:
+  if step < config.num_steps and distributed.is_main():
     logging.warning('%s: stage %s is at step %d of %d.', workdir, name, step, config.num_steps)
   return state.ema
 
