@@ -6,10 +6,11 @@ anything, and `jax.distributed` is never started.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed as runtime
@@ -19,8 +20,9 @@ from eru_jax import cluster
 from eru_jax.errors import UserError
 
 PyTree = Any
-# Waiting ends earlier where a process fails, see `training.watch`.
-_LONG = 7 * 24 * 3600 * 1000
+T = TypeVar('T')
+# Between two spells of waiting, in milliseconds, Python hears signals.
+_SPELL = 1000
 # Joint decisions so far: all processes take them in the same order.
 _decisions = 0
 
@@ -92,6 +94,16 @@ def _count() -> int:
   return _decisions
 
 
+def _waited_for(key: str) -> str:
+  """A value, once there is one; that there will be none ends the process, see `training.watch`."""
+  while True:
+    try:
+      return client().blocking_key_value_get(key, _SPELL)
+    except jax.errors.JaxRuntimeError as error:
+      if 'DEADLINE_EXCEEDED' not in str(error):
+        raise
+
+
 def agreed(decide: Callable[[], Any]) -> Any:
   """What process 0 decides, as JSON data; the others wait for it and never ask themselves."""
   if process_count() == 1:
@@ -101,7 +113,15 @@ def agreed(decide: Callable[[], Any]) -> Any:
   key = f'eru_jax/agreed/{_count()}'
   if is_main():
     client().key_value_set(key, decision)
-  return json.loads(client().blocking_key_value_get(key, _LONG))
+  return json.loads(_waited_for(key))
+
+
+def of_main(values: T) -> T:
+  """Process 0's values in every process: a dataclass of JSON data, whose lists are tuples."""
+  found = agreed(lambda: dataclasses.asdict(values))
+  if is_main():
+    return values
+  return type(values)(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
 def all_true(value: bool) -> bool:
@@ -110,9 +130,7 @@ def all_true(value: bool) -> bool:
     return value
   key = f'eru_jax/all_true/{_count()}'
   client().key_value_set(f'{key}/{process_index()}', json.dumps(bool(value)))
-  found = [
-    client().blocking_key_value_get(f'{key}/{index}', _LONG) for index in range(process_count())
-  ]
+  found = [_waited_for(f'{key}/{index}') for index in range(process_count())]
   return all(json.loads(one) for one in found)
 
 

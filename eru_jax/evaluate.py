@@ -8,7 +8,8 @@
 
 Every stage that a run has reached is drawn and scored from the same start noise. A killed
 evaluation goes on where it was when the same command is given again. docs/evaluating.md says where
-the benchmarks' files come from.
+the benchmarks' files come from. On several machines, the same command is started once on each:
+docs/several_machines.md.
 """
 
 from absl import flags
@@ -82,13 +83,18 @@ flags.mark_flags_as_required(['model', 'output'])
 
 def main() -> None:
   from eru_jax.errors import UserError
-  from eru_jax.evaluating.evaluator import evaluate
-  from eru_jax.evaluating.request import EvaluationRequest
 
   if (_PROMPTS.value is None) == (_BENCHMARK.value is None):
     raise UserError('Give either --benchmark=NAME with --data=DIR, or --prompts=FILE.')
   if _PROMPTS.value is not None and _DATA.value is not None:
     raise UserError('--prompts and --data are both given: --data is for --benchmark.')
+  judge, rewriter = _JUDGE.service(), _REWRITER.service()
+  from eru_jax import distributed
+
+  distributed.initialize()
+  from eru_jax.evaluating.evaluator import evaluate
+  from eru_jax.evaluating.request import EvaluationRequest
+
   evaluate(
     EvaluationRequest(
       models=tuple(_MODEL.value),
@@ -97,8 +103,8 @@ def main() -> None:
       data=_DATA.value if _PROMPTS.value is None else _PROMPTS.value,
       scorer=_SCORER.value,
       scorer_model=_SCORER_MODEL.value,
-      judge=_JUDGE.service(),
-      rewriter=_REWRITER.service(),
+      judge=judge,
+      rewriter=rewriter,
       limit=_LIMIT.value,
       images_per_prompt=_IMAGES.value,
       conditions=tuple(_CONDITIONS.value),

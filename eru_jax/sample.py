@@ -5,7 +5,8 @@
     python -m eru_jax.sample --model=FLUX.1-dev --output=out --prompt='a red apple' \\
       --height=768 --width=1344
 
-Writes one PNG a picture, named by its index, `grid.png` and `samples.json`.
+Writes one PNG a picture, named by its index, `grid.png` and `samples.json`. On several machines,
+the same command is started once on each: docs/several_machines.md.
 """
 
 from absl import flags
@@ -77,6 +78,9 @@ flags.mark_flags_as_required(['model', 'output'])
 
 
 def main() -> None:
+  from eru_jax import distributed
+
+  distributed.initialize()
   from eru_jax.training.sampling import SampleRequest, sample
 
   sample(

@@ -40,14 +40,15 @@ def free_port():
 class Processes:
   """`count` processes of one run, of `devices` devices together."""
 
-  def __init__(self, arguments, workdir, count, devices, **environment):
+  def __init__(self, arguments, workdir, count, devices, own=(), **environment):
     """Starts them.
 
     Args:
       arguments: what each of them is told, behind `python`.
       workdir: of the run; their output goes to files beside it.
       count, devices: how many.
-      environment: variables of theirs.
+      own: variables of each process alone, a mapping for each.
+      environment: variables of all of them.
     """
     workdir.parent.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -62,6 +63,7 @@ class Processes:
     self.processes = []
     for index, log in enumerate(self.logs):
       given = together | {'ERU_JAX_PROCESS_ID': index} if count > 1 else {}
+      given |= own[index] if own else {}
       with open(log, 'w') as output:
         self.processes.append(
           subprocess.Popen(

@@ -271,6 +271,9 @@ def test_only_broken_connections_are_laid_on_others(words, broken):
   raised.__cause__ = error
   assert roll_call.is_broken_connection(raised) == broken
   assert not roll_call.is_broken_connection(OSError(words))
+  # So says a program that ran before.
+  assert roll_call.is_broken_connection(ValueError(words)) == broken
+  assert not roll_call.is_broken_connection(ValueError(f'no file {words}'))
 
 
 def test_rows_are_read_once_and_lie_where_the_batch_does():

@@ -5,6 +5,8 @@
 
 A picture's start noise depends on (seed, benchmark, question, k) only: it is the same for every
 model and condition, and whatever else is drawn.
+
+Of several processes, all draw; process 0 alone looks at these files, and writes them.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from eru_jax import distributed
 from eru_jax.benchmarks.base import Question
 from eru_jax.data.digests import file_digest
 from eru_jax.errors import UserError
@@ -30,6 +33,7 @@ from eru_jax.training.evaluation import draw, start_noise
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.pictures import png_bytes
 from eru_jax.training.progress import Progress
+from eru_jax.training.watch import Stopped, rest, tick
 
 _RECORD = 'drawn.json'
 
@@ -105,7 +109,7 @@ def missing(directory: pathlib.Path, pictures: Sequence[Picture]) -> list[Pictur
 def settings_of(
   experiment: Experiment, snapshot: Snapshot, seed: int, benchmark: str
 ) -> dict[str, Any]:
-  """All that a picture depends on beside its prompt, as JSON data."""
+  """All that a picture depends on beside its prompt, as JSON data, the same in every process."""
   config = experiment.config
   trained = None
   if snapshot.trainable is not None:
@@ -119,7 +123,7 @@ def settings_of(
     'sampling': dataclasses.asdict(config.sampling),
     'dtype': config.model.dtype,
     'params': config.model.params,
-    'base': source_stamp(config.model.source),
+    'base': distributed.agreed(lambda: source_stamp(config.model.source)),
     'trained': trained,
   }
 
@@ -169,7 +173,46 @@ def draw_missing(
   Raises:
     UserError: if pictures are there that were drawn otherwise, or pictures are not finite.
   """
-  directory = directory_of(output, model)
+  directory, total = directory_of(output, model), len(pictures)
+  files = set(distributed.agreed(lambda: _begin(directory, pictures, settings)))
+  left = [picture for picture in pictures if picture.file in files]
+  # Always as many at a time, so that a run that goes on makes what it would have made.
+  size = min(experiment.config.evaluation.batch_size, total)
+  noise_rows = np.array(
+    [zlib.crc32(f'{questions[p.row].id}/{p.k}'.encode()) for p in left], np.uint32
+  )
+  done, main = total - len(left), distributed.is_main()
+  with Progress(total, f'{model}: pictures', done, quiet=not main) as progress:
+    for start in range(0, len(left), size):
+      part = left[start : start + size]
+      rows = np.resize(np.arange(start, start + len(part)), size)
+      noise = start_noise(snapshot.model, settings['seed'], settings['benchmark'], noise_rows[rows])
+      try:
+        drawn = draw(experiment, snapshot, None, [left[row].prompt for row in rows], noise)
+      except Stopped as stopped:  # none of these is on disk yet
+        raise Stopped(f'after {done} of {total} pictures of {model}') from stopped
+      if not np.isfinite(np.asarray(drawn.latents, np.float32)).all():
+        raise UserError(
+          f'{model}: the pictures are not finite: lower --guidance, or take --dtype=float32; if '
+          'that does not help, the weights are damaged.'
+        )
+      for picture, image in zip(part, drawn.images, strict=False) if main else ():
+        replace_file(directory / picture.file, png_bytes(image))
+      done += len(part)
+      progress.update(done)
+      tick(f'{done} of {total} pictures of {model}')
+  rest()
+  return len(left)
+
+
+def _begin(
+  directory: pathlib.Path, pictures: Sequence[Picture], settings: Mapping[str, Any]
+) -> list[str]:
+  """Writes down what is going to be drawn, and returns the files that are not there yet.
+
+  Raises:
+    UserError: if pictures are there that were drawn otherwise.
+  """
   record = _read(directory)
   _check_same(record.get('settings'), dict(settings), directory)
   left = missing(directory, pictures)
@@ -178,29 +221,8 @@ def draw_missing(
   prompts = record.get('prompts', {}) | {picture.file: picture.prompt for picture in pictures}
   record = {'settings': dict(settings), 'prompts': prompts}
   replace_file(directory / _RECORD, json.dumps(record, indent=1, ensure_ascii=False).encode())
-  # Always as many at a time, so that a run that goes on makes what it would have made.
-  size = min(experiment.config.evaluation.batch_size, len(pictures))
-  noise_rows = np.array(
-    [zlib.crc32(f'{questions[p.row].id}/{p.k}'.encode()) for p in left], np.uint32
-  )
-  done = len(pictures) - len(left)
   _remove_debris(directory)
-  with Progress(len(pictures), f'{model}: pictures', done) as progress:
-    for start in range(0, len(left), size):
-      part = left[start : start + size]
-      rows = np.resize(np.arange(start, start + len(part)), size)
-      noise = start_noise(snapshot.model, settings['seed'], settings['benchmark'], noise_rows[rows])
-      drawn = draw(experiment, snapshot, None, [left[row].prompt for row in rows], noise)
-      if not np.isfinite(np.asarray(drawn.latents, np.float32)).all():
-        raise UserError(
-          f'{model}: the pictures are not finite: lower --guidance, or take --dtype=float32; if '
-          'that does not help, the weights are damaged.'
-        )
-      for picture, image in zip(part, drawn.images, strict=False):
-        replace_file(directory / picture.file, png_bytes(image))
-      done += len(part)
-      progress.update(done)
-  return len(left)
+  return [picture.file for picture in left]
 
 
 def _remove_debris(directory: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
 """One evaluation: draw, score, aggregate, compare, write down. All benchmarks go through here.
 
+Of several processes, all draw; whatever comes before and after that process 0 does alone.
+
 The output directory:
 
   evaluation.json   all numbers
@@ -20,13 +22,14 @@ from eru_jax.errors import UserError
 from eru_jax.evaluating import drawing, results, scoring
 from eru_jax.evaluating.gallery import write_gallery
 from eru_jax.evaluating.judging import judged_by, open_judge
-from eru_jax.evaluating.models import Task, check_world, draw_models, model_sizes
+from eru_jax.evaluating.models import Task, check_world, draw_models, handed_on, model_sizes
 from eru_jax.evaluating.request import EvaluationRequest, Rewriter
 from eru_jax.evaluating.rivals import REWRITTEN, Rewriting
 from eru_jax.evaluating.scorers import KNOWN_PICTURES, Score, Scorer, open_scorer
 from eru_jax.files import check_directory
 from eru_jax.judges.protocols import PROTOCOLS
 from eru_jax.training.run import enable_compilation_cache
+from eru_jax.training.together import by_main, together
 
 # --scorer: draw only, for a judge that is asked later or elsewhere.
 NO_SCORER = 'none'
@@ -100,10 +103,27 @@ def evaluate(
     questions: in place of what the benchmark reads from the request's data.
 
   Returns:
-    The contents of evaluation.json.
+    The contents of evaluation.json; {} in processes other than process 0.
 
   Raises:
     UserError: for whatever the user can mend.
+  """
+  with together():
+    with by_main('the questions') as mine:
+      prepared, task = _prepare(request, scorer, questions) if mine else (None, None)
+    enable_compilation_cache()
+    pictures = draw_models(handed_on(request, task))
+    with by_main('the scores') as mine:
+      return _score(dataclasses.replace(prepared, pictures=pictures)) if mine else {}
+
+
+def _prepare(
+  request: EvaluationRequest, scorer: Scorer | None, questions: Sequence[Question]
+) -> tuple[Evaluated, Task]:
+  """All that is known before something is drawn, and what is to be drawn.
+
+  Raises:
+    UserError: as `evaluate`.
   """
   output = pathlib.Path(request.output).expanduser()
   check_directory(output)
@@ -119,22 +139,33 @@ def evaluate(
   if request.rewriter is not None:
     rewriting = rewriters[REWRITTEN] = Rewriting(request.rewriter, output)
   asked = _rewritten(rewriters, asked)
-  enable_compilation_cache()
   images = request.images_per_prompt or chosen.images_per_prompt
   ready = scorer.ready if scorer is not None else None
-  pictures = draw_models(Task(request, output, asked, conditions, tuple(rewriters), images, ready))
-  kept = scoring.ScoreFile(output / 'scores.jsonl')
-  scores = {}
-  for model, drawn in pictures.items() if scorer is not None else ():
-    directory = drawing.directory_of(output, model)
-    scores[model] = scoring.score_pictures(scorer, protocol, directory, asked, drawn, kept, model)
   sets: dict[str, int] = {}
   for question in everything:
     sets[question.split] = sets.get(question.split, 0) + 1
   evaluated = Evaluated(
-    chosen, protocol, scorer, asked, sets, [*conditions, *rewriters], pictures, scores, output,
+    chosen, protocol, scorer, asked, sets, [*conditions, *rewriters], {}, {}, output,
     request.seed, rewriting,
   )  # fmt: skip
+  return evaluated, Task(request, output, asked, conditions, tuple(rewriters), images, ready)
+
+
+def _score(evaluated: Evaluated) -> dict[str, Any]:
+  """Scores the pictures that have been drawn, writes all files, and tells what came out.
+
+  Raises:
+    UserError: as `evaluate`.
+  """
+  output, scorer, questions = evaluated.output, evaluated.scorer, evaluated.questions
+  kept = scoring.ScoreFile(output / 'scores.jsonl')
+  scores = {}
+  for model, drawn in evaluated.pictures.items() if scorer is not None else ():
+    directory = drawing.directory_of(output, model)
+    scores[model] = scoring.score_pictures(
+      scorer, evaluated.protocol, directory, questions, drawn, kept, model
+    )
+  evaluated = dataclasses.replace(evaluated, scores=scores)
   result = results.collect(evaluated)
   results.write(evaluated, result)
   gallery = write_gallery(evaluated, result)

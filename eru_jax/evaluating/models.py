@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from eru_jax import distributed
 from eru_jax.benchmarks.base import Question
 from eru_jax.errors import UserError
 from eru_jax.evaluating import drawing
@@ -18,6 +19,7 @@ from eru_jax.files import replace_file
 from eru_jax.training.config import MODEL_NAMES, model_path
 from eru_jax.training.restore import open_model, read_config, snapshots
 from eru_jax.training.sampling import overridden
+from eru_jax.training.together import by_main
 
 _RECORD = 'models.json'
 # Of the request, what decides what a model draws; its output and scorer do not.
@@ -54,6 +56,30 @@ class Task:
     """The pictures of a model."""
     conditions = [*self.conditions, *(self.first_only if first else ())]
     return drawing.wanted(self.questions, conditions, self.images_per_prompt)
+
+
+def handed_on(request: EvaluationRequest, task: Task | None) -> Task:
+  """Process 0's task in every process, as far as it takes to draw.
+
+  So the others read no questions, and it does not matter which of them can.
+
+  Args:
+    request: this process's own.
+    task: in process 0, the task.
+  """
+
+  def told() -> list[Any]:
+    questions = [[q.id, q.category, dict(q.prompts)] for q in task.questions]
+    return [questions, list(task.conditions), list(task.first_only), task.images_per_prompt]
+
+  request = distributed.of_main(
+    dataclasses.replace(request, judge=None, rewriter=None, rewriters={})
+  )
+  questions, *others = distributed.agreed(told)
+  if task is not None:
+    return task
+  asked = [Question(*values) for values in questions]
+  return Task(request, pathlib.Path(request.output), asked, *others)
 
 
 def model_names(models: Sequence[str]) -> list[str]:
@@ -97,8 +123,8 @@ def draw_models(task: Task) -> dict[str, list[Picture]]:
   """Draws with every model, or every stage of it.
 
   Returns:
-    What it is called -> its pictures, all of which are on disk. With one --model that is the stage;
-    with several, their names come first.
+    What it is called -> its pictures, all of which process 0 has on disk. With one --model that is
+    the stage; with several, their names come first.
 
   Raises:
     UserError: for a bad model, or if a stage is asked for that none of them has reached.
@@ -107,10 +133,12 @@ def draw_models(task: Task) -> dict[str, list[Picture]]:
   seen: dict[str, str] = {}
   models = task.request.models
   for model, name in zip(models, model_names(models), strict=True):
-    labels = _remembered(task, model, not drawn)
+    first = not drawn
+    labels = distributed.agreed(lambda m=model, f=first: _remembered(task, m, f))
     if labels is None:
-      labels = _draw(task, model, name if len(models) > 1 else '', seen, not drawn)
-      _remember(task, model, labels)
+      labels = _draw(task, model, name if len(models) > 1 else '', seen, first)
+      if distributed.is_main():
+        _remember(task, model, labels)
     for label in labels:
       drawn[label] = task.wanted(first=not drawn)
   if not drawn:
@@ -125,14 +153,16 @@ def draw_models(task: Task) -> dict[str, list[Picture]]:
 def _draw(task: Task, model: str, name: str, seen: dict[str, str], first: bool) -> list[str]:
   """Opens a model and draws with each of its stages; returns what they are called."""
   request = task.request
-  config, _ = read_config(model)
+  with distributed.main_first():
+    config, _ = read_config(model)
   # What headers tell of a mistake is told before encoders and weights are read.
   overrides, described = overridden(request, config)
   size = (described.height, described.width)
   conditions = [*task.conditions, *task.first_only]
   prompts = [q.prompts[c] for q in task.questions for c in conditions if c in q.prompts]
-  if task.ready is not None:
-    task.ready()
+  with by_main('the judge') as mine:
+    if mine and task.ready is not None:
+      task.ready()
   experiment, base, workdir = open_model(model, prompts, request.mesh, **overrides)
   labels: list[str] = []
   for stage, snapshot in snapshots(experiment, base, workdir):
@@ -144,7 +174,7 @@ def _draw(task: Task, model: str, name: str, seen: dict[str, str], first: bool) 
     settings = drawing.settings_of(experiment, snapshot, request.seed, request.benchmark)
     same = seen.setdefault(json.dumps(settings, sort_keys=True), label)
     if same != label:
-      print(f'{label} is the same model as {same}: drawn once.', flush=True)
+      distributed.announce(f'{label} is the same model as {same}: drawn once.')
       continue
     wanted = task.wanted(first and not labels)
     drawing.draw_missing(experiment, snapshot, task.output, label, task.questions, wanted, settings)

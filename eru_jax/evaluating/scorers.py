@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eru_jax import sharding
+from eru_jax import distributed, sharding
 from eru_jax.benchmarks.base import Question
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
@@ -68,7 +68,7 @@ def open_scorer(
     model: of the latter two, the directory of a CLIPModel.
     questions: all that will be scored.
     source: what an error calls the questions.
-    mesh: as of `sharding.parse_mesh`.
+    mesh: as of `sharding.parse_mesh`; in several processes, all of this one's own devices score.
 
   Raises:
     UserError: if files are missing or damaged, or there is no such scorer.
@@ -130,7 +130,10 @@ def _clip(name: str, model: str, mesh: str | None) -> Scorer:
   prepare_model(model)
   root = model_path(model)
   reward = load_clip_reward(root, name)
-  devices = sharding.make_mesh(sharding.MeshConfig() if mesh is None else sharding.parse_mesh(mesh))
+  sizes = sharding.MeshConfig() if mesh is None else sharding.parse_mesh(mesh)
+  devices = sharding.make_mesh(sizes)
+  if distributed.process_count() > 1:  # process 0 scores alone, whatever all draw on
+    devices = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices())
   features: dict[str, np.ndarray] = {}
 
   @functools.cache

@@ -18,7 +18,7 @@ from eru_jax.data.flux_text import load_flux_text
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.data.text_encoder import load_minilm
 from eru_jax.data.world import SAMPLE_PAIRS, World, load_emoji_world, load_prompt_world
-from eru_jax.distributed import main_first
+from eru_jax.distributed import main_first, to_host
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory
 from eru_jax.models import lora, registry
@@ -365,7 +365,7 @@ def with_adapters(
   for path, strength in files:
     parts.append((*import_lora(pathlib.Path(path), model.backbone.config), strength))
   if snapshot.trainable is not None and model.lora:
-    parts.append((snapshot.trainable, model.lora, 1.0))
+    parts.append((to_host(snapshot.trainable), model.lora, 1.0))
   elif snapshot.trainable is not None:
     backbone = snapshot.trainable
   # One alone keeps its own ranks and alphas.

@@ -176,7 +176,7 @@ def load_result(
     UserError: if the stage's checkpoints are damaged.
   """
   directory = workdir / 'checkpoints' / name
-  if not directory.is_dir():
+  if not distributed.agreed(directory.is_dir):
     return None
   checkpoints = StageCheckpoints(directory)
   restored = checkpoints.restore(initialiser(stage, config, mesh)[2], repair=False)
@@ -184,7 +184,7 @@ def load_result(
   if restored is None:
     return None
   state, step = restored[0], int(restored[0].step)
-  if step < config.num_steps:
+  if step < config.num_steps and distributed.is_main():
     logging.warning('%s: stage %s is at step %d of %d.', workdir, name, step, config.num_steps)
   return state.ema
 

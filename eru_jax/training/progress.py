@@ -22,6 +22,7 @@ class Progress:
     stage: str,
     initial: int = 0,
     *,
+    quiet: bool = False,
     interval: float = 10.0,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -32,6 +33,7 @@ class Progress:
       total: iterations of the stage.
       stage: its name.
       initial: iterations done before, for a resumed run.
+      quiet: show nothing, as in processes that leave it to another.
       interval: seconds between plain lines.
       stream: where to show it, by default stderr.
       clock: seconds since some moment; for tests.
@@ -40,8 +42,8 @@ class Progress:
     self._stream = sys.stderr if stream is None else stream
     self._clock = clock
     self._bar = None
-    self._interval = interval
-    if self._stream.isatty():
+    self._quiet, self._interval = quiet, interval
+    if self._stream.isatty() and not quiet:
       self._interval = 0.2
       self._bar = tqdm(
         total=total,
@@ -61,6 +63,8 @@ class Progress:
       step: iterations that are done.
       **values: floats or () arrays to show beside it, for example loss=loss.
     """
+    if self._quiet:
+      return
     advance, self._step = step - self._step, step
     now = self._clock()
     # The first iteration compiles: it tells nothing about the time that the others take.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eru_jax import sharding
+from eru_jax import distributed, sharding
 from eru_jax.errors import UserError
 from eru_jax.training import config as config_lib
 from eru_jax.training import workdir as workdir_lib
@@ -91,9 +91,11 @@ def open_model(
     UserError: as `read_config`, or for bad prompts or a mesh that is not there.
   """
   sizes = None if mesh is None else sharding.parse_mesh(mesh)
-  config, workdir = read_config(model)
+  with distributed.main_first():
+    config, workdir = read_config(model)
   config = dataclasses.replace(config, **overrides)
-  config = dataclasses.replace(config, mesh=sizes or _mesh_for(config.model))
+  mesh_config = sizes or distributed.of_main(_mesh_for(config.model))
+  config = dataclasses.replace(config, mesh=mesh_config)
   devices = sharding.make_mesh(config.mesh)
   experiment, snapshot = open_experiment(config, devices, prompts, any_size=True)
   return experiment, snapshot, workdir

@@ -21,14 +21,20 @@ _BROKEN = re.compile(
   r'|coordination ?service|failed to connect|another task died',
   re.IGNORECASE,
 )
+# How the runtime begins its messages.
+_STATUS = re.compile('[A-Z_]+: ')
 
 
 def is_broken_connection(error: BaseException) -> bool:
   """Whether an error may say no more than that others cannot be reached."""
-  return any(
-    isinstance(cause, jax.errors.JaxRuntimeError) and _BROKEN.search(str(cause)) is not None
-    for cause in causes(error)
-  )
+  return any(_is_of_runtime(cause) and _BROKEN.search(str(cause)) for cause in causes(error))
+
+
+def _is_of_runtime(error: BaseException) -> bool:
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return True
+  # Raised by a program that had been compiled before, it is of another type.
+  return type(error) is ValueError and _STATUS.match(str(error)) is not None
 
 
 class Store:

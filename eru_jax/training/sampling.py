@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from eru_jax import flow
+from eru_jax import distributed, flow, sharding
 from eru_jax.data.image_files import read_image
 from eru_jax.data.pairs import read_lines, read_prompt_file
 from eru_jax.data.text_encoder import check_prompts
@@ -29,6 +29,7 @@ from eru_jax.training.pictures import enlargement, image_grid, png_bytes, save_p
 from eru_jax.training.restore import open_model, read_config, snapshots
 from eru_jax.training.run import enable_compilation_cache
 from eru_jax.training.stages import evaluated_as
+from eru_jax.training.together import together
 from eru_jax.weights.lora_io import check_lora
 
 # Of --image, if nobody says, as in diffusers' img2img.
@@ -142,7 +143,7 @@ def _sampler(request: Any, own: SamplingConfig, embedded: bool) -> SamplingConfi
   }
   if request.guidance is not None and not embedded:
     if own.cfg_scale == 1:
-      print(
+      distributed.announce(
         f'--guidance={request.guidance:g} is ignored: this model was made for no guidance scale; '
         '--cfg_scale is classifier-free guidance, for any model.'
       )
@@ -214,7 +215,7 @@ def start_from_image(
   """
   steps = len(schedule) - 1
   skipped = _skipped_steps(steps, strength)
-  if not skipped and strength < 1:
+  if not skipped and strength < 1 and distributed.is_main():
     logging.warning(
       '--strength=%g of %d steps is all of them, which forgets the picture: lower it, or take more '
       '--steps.', strength, steps,
@@ -226,15 +227,24 @@ def start_from_image(
 def sample(request: SampleRequest) -> pathlib.Path:
   """Draws the request and returns the output directory.
 
+  Of several processes, all draw what process 0 was asked for, and it alone writes.
+
   Raises:
     UserError: for whatever the user can mend.
   """
+  with together('the same command begins anew'):
+    return _sample(distributed.of_main(request))
+
+
+def _sample(request: SampleRequest) -> pathlib.Path:
   output = pathlib.Path(request.output).expanduser()
-  check_directory(output)
+  if distributed.is_main():
+    check_directory(output)
   _check(request)
-  prompts = _prompts(request)
+  prompts = distributed.agreed(lambda: _prompts(request))
   noise = None if request.latents is None else _read_noise(request.latents)
-  config, workdir = read_config(request.model)
+  with distributed.main_first():
+    config, workdir = read_config(request.model)
   _check_stage(request.stage, config, workdir)
   # Encoders and weights take minutes to read: what headers tell of a mistake is told before.
   overrides, model = overridden(request, config)
@@ -277,7 +287,8 @@ def sample(request: SampleRequest) -> pathlib.Path:
   judge, schedule = judge_of(experiment) if judged else None, None
   if picture is not None:
     images = picture[None].astype(np.float32) / 127.5 - 1
-    start = jax.jit(model.encode)(snapshot.autoencoder, images)[0]
+    encode = sharding.compiled_whole(model.encode, experiment.mesh)
+    start = distributed.to_host(encode(snapshot.autoencoder, images))[0]
     schedule = experiment.schedule(model)
     noise, schedule = start_from_image(start, noise, schedule, strength)
   generated = draw(experiment, snapshot, judge, drawn, noise, schedule)
@@ -287,6 +298,8 @@ def sample(request: SampleRequest) -> pathlib.Path:
       'The pictures are not finite: lower --guidance and --lora_scale, or take --dtype=float32; if '
       'that does not help, the weights are damaged.'
     )
+  if not distributed.is_main():
+    return output
 
   settings = _settings(request, experiment.config, size, adapters)
   if picture is not None:

@@ -100,8 +100,8 @@ class Watch:
   who wait for each other, the one that waits for nobody is behind.
   """
 
-  def __init__(self, config: WatchConfig):
-    self._config = config
+  def __init__(self, config: WatchConfig, then: str):
+    self._config, self._then = config, then
     self._position = _Position(since=time.monotonic())
     # Held while the processes agree on where to stop: none may go on meanwhile.
     self._lock = threading.Lock()
@@ -110,6 +110,7 @@ class Watch:
     self._requested = threading.Event()
     self._over = threading.Event()
     self._stop_at: int | None = None
+    self._main_does: str | None = None
     self._alone = jax.process_count() == 1
     self._me, self._reported = jax.process_index(), 0.0
     # What this process had come to when the thread last found it further, and when that was.
@@ -146,6 +147,28 @@ class Watch:
     with self._lock:
       self._position.armed = False
 
+  @contextlib.contextmanager
+  def main_only(self, what: str) -> Iterator[None]:
+    """Process 0 does something alone in the block, for as long as that takes; the others wait.
+
+    There is no iteration after which all could stop: SIGTERM ends them at once, with status 0, so
+    what is done here must be such that nothing is lost by that.
+
+    Args:
+      what: for people: 'the scores'.
+    """
+    self.rest()
+    self.mark(what)
+    self._main_does = what
+    try:
+      yield
+    finally:
+      self._main_does = None
+
+  def stopped(self, where: str) -> None:
+    """Tells the user that the program was asked to stop, and did."""
+    distributed.announce(f'stopped {where}; {self._then}')
+
   def _notice(self, number: int, frame: types.FrameType | None) -> None:
     del number, frame
     self._requested.set()
@@ -161,6 +184,7 @@ class Watch:
         self._heed_failure()
         self._heard = time.monotonic()
         self._agree_on_stop()
+        self._stop_what_main_does()
         if time.monotonic() - said > self._interval:
           said = time.monotonic()
           self._say_where()
@@ -250,6 +274,12 @@ class Watch:
       serials = [int(self._store.wait(key, _AGREEMENT_MS)) for key in keys]
       self._stop_at = max(serials) + 1
 
+  def _stop_what_main_does(self) -> None:
+    what = self._main_does
+    if self._me == 0 and self._stop_at is not None and what is not None:
+      self.stopped(f'at {what}')
+      self.fail('', 0)
+
   def _say_where(self) -> None:
     position = self._position
     done = position.marks + distributed.decisions()
@@ -285,6 +315,8 @@ class Watch:
   def _look_for_the_late(self, waited: float, now: float) -> None:
     """Says who is waited for where no iteration is expected soon."""
     limit = self._config.start_after
+    if self._main_does is not None:
+      return  # process 0 shows itself how far it is
     if waited < limit or now - self._reported < limit:
       return
     self._reported = now
@@ -321,7 +353,9 @@ _current: Watch | None = None
 
 
 @contextlib.contextmanager
-def watching(config: WatchConfig | None = None) -> Iterator[Watch]:
+def watching(
+  config: WatchConfig | None = None, then: str = 'the same command continues'
+) -> Iterator[Watch]:
   """The watch of this run; within another one's scope, that one.
 
   In a run of several processes, an exception that leaves the scope ends all of them: those that
@@ -329,12 +363,13 @@ def watching(config: WatchConfig | None = None) -> Iterator[Watch]:
 
   Args:
     config: time-outs.
+    then: what a user is told who has stopped the program.
   """
   global _current
   if _current is not None:
     yield _current
     return
-  watch = Watch(config or WatchConfig())
+  watch = Watch(config or WatchConfig(), then)
   thread = threading.Thread(target=watch._run, daemon=True, name='eru_jax watch')
   in_main_thread = threading.current_thread() is threading.main_thread()
   previous = signal.signal(signal.SIGTERM, watch._notice) if in_main_thread else None
@@ -347,7 +382,7 @@ def watching(config: WatchConfig | None = None) -> Iterator[Watch]:
       distributed.barrier()  # Until all are here, somebody may have to be told something.
   except BaseException as error:
     if isinstance(error, Stopped):
-      distributed.announce(f'stopped {error.where}; the same command continues')
+      watch.stopped(error.where)
     if not watch._alone:
       _tell(watch, error)
     raise
