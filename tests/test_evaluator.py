@@ -276,6 +276,17 @@ def test_several_models_and_the_same_base_once(studio, tmp_path, capsys):
   # Both runs that are called a have one base and, here, even one adapter.
   assert list(result['stages']) == ['a base', 'a no_rl', 'b base', 'b no_rl']
   assert 'a (2) base is the same model as a base: drawn once.' in capsys.readouterr().out
+  # Killed once the first of them is done, it comes to the same.
+  task, studio.drawn = dict(models=('runs/a', 'other/a', 'b'), limit=3), []
+  studio.stop_after = 2 * 8  # of six in batches of four
+  with pytest.raises(KeyboardInterrupt):
+    run(data, tmp_path / 'killed', wise_judge(), **task)
+  known = json.loads((tmp_path / 'killed' / 'models.json').read_text())
+  (tmp_path / 'killed' / 'models.json').write_text(json.dumps({'runs/a': known['runs/a']}))
+  studio.stop_after, studio.opened = None, []
+  again = run(data, tmp_path / 'killed', wise_judge(), **task)
+  assert 'runs/a' not in studio.opened and list(again['stages']) == list(result['stages'])
+  assert again['comparisons'] == result['comparisons']
   only = run(data, tmp_path / 'only', wise_judge(), models=('a', 'b'), stages=('no_rl',), limit=3)
   assert list(only['stages']) == ['a no_rl', 'b no_rl']
   with pytest.raises(UserError, match='has not finished a stage of --stages=nosuch'):

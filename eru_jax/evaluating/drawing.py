@@ -106,6 +106,11 @@ def missing(directory: pathlib.Path, pictures: Sequence[Picture]) -> list[Pictur
   ]
 
 
+def drawn_with(output: pathlib.Path, model: str) -> dict[str, Any]:
+  """The settings that a model's pictures were drawn with, as `settings_of` told them."""
+  return _read(directory_of(output, model))['settings']
+
+
 def settings_of(
   experiment: Experiment, snapshot: Snapshot, seed: int, benchmark: str
 ) -> dict[str, Any]:

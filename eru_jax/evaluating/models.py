@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eru_jax import distributed
@@ -135,7 +135,10 @@ def draw_models(task: Task) -> dict[str, list[Picture]]:
   for model, name in zip(models, model_names(models), strict=True):
     first = not drawn
     labels = distributed.agreed(lambda m=model, f=first: _remembered(task, m, f))
-    if labels is None:
+    if labels is not None:
+      for label, settings in labels.items():
+        seen.setdefault(settings, label)
+    else:
       labels = _draw(task, model, name if len(models) > 1 else '', seen, first)
       if distributed.is_main():
         _remember(task, model, labels)
@@ -172,7 +175,7 @@ def _draw(task: Task, model: str, name: str, seen: dict[str, str], first: bool) 
     drawer = dataclasses.replace(snapshot.model, height=size[0], width=size[1])
     snapshot = dataclasses.replace(snapshot, model=drawer)
     settings = drawing.settings_of(experiment, snapshot, request.seed, request.benchmark)
-    same = seen.setdefault(json.dumps(settings, sort_keys=True), label)
+    same = seen.setdefault(_same_model(settings), label)
     if same != label:
       distributed.announce(f'{label} is the same model as {same}: drawn once.')
       continue
@@ -182,10 +185,16 @@ def _draw(task: Task, model: str, name: str, seen: dict[str, str], first: bool) 
   return labels
 
 
-def _remembered(task: Task, model: str, first: bool) -> list[str] | None:
-  """What a model's stages are called, if it has drawn everything before and is still the same.
+def _same_model(settings: Mapping[str, Any]) -> str:
+  """What two stages share that draw the same pictures."""
+  return json.dumps(settings, sort_keys=True)
 
-  So another scorer can look at the same pictures without the model being opened.
+
+def _remembered(task: Task, model: str, first: bool) -> dict[str, str] | None:
+  """What a model's stages are called and `_same_model` of each; None if it has to draw.
+
+  A model that has drawn everything before and is still the same is not opened again, say for
+  another scorer.
   """
   with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
     record = json.loads((task.output / _RECORD).read_text(encoding='utf-8'))[model]
@@ -196,7 +205,7 @@ def _remembered(task: Task, model: str, first: bool) -> list[str] | None:
       )
       for label in labels
     ):
-      return labels
+      return {label: _same_model(drawing.drawn_with(task.output, label)) for label in labels}
   return None
 
 
