@@ -116,6 +116,8 @@ _NO_RL = (
   _no_rl('N1, explicit prompts only', 'negative_only', explicit_share=1.0),
   # As the deployed sampler is.
   _no_rl('N1, guided by 3', 'negative_only', cfg_scale=3.0),
+  # Pictures that are nearer to what the velocity field says.
+  _no_rl('N1, 32 rollout steps', 'negative_only', rollout_steps=32),
   _no_rl('N2', 'anchored_negatives'),
   _no_rl('N3', 'policy_gradient', **_AT_ONCE),
   _no_rl('N3, W-REINFORCE', 'policy_gradient', positive_weight=0.1, **_AT_ONCE),
@@ -124,6 +126,7 @@ _NO_RL = (
   _no_rl('full NFT', 'nft'),
   _no_rl('full NFT, branch weights', 'nft', nft_weights='branch'),
   _no_rl('full NFT, guided by 3', 'nft', cfg_scale=3.0),
+  _no_rl('full NFT, 32 rollout steps', 'nft', rollout_steps=32),
   _no_rl('positive-only NFT', 'positive_only'),
   _no_rl('rejection sampling', 'rejection_sampling'),
   # As their authors have them: what is better than a prompt's other pictures is right.
@@ -168,6 +171,7 @@ ROWS = (
       'N1, group-normalised',
       'N1, no KL',
       'N1, guided by 3',
+      'N1, 32 rollout steps',
       'N2',
       'N3',
       'N3, W-REINFORCE',
