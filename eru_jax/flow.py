@@ -122,11 +122,21 @@ class TimestepDensity:
   def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draws timesteps of a shape, float32."""
     if self.kind == 'uniform':
-      t = jax.random.uniform(key, shape)
-    else:
-      t = jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, shape))
-    t = shift_timesteps(t, self.shift_mu)
-    return self.t_min + (self.t_max - self.t_min) * t
+      return self._placed(jax.random.uniform(key, shape))
+    return self._placed(self._of_gaussian(jax.random.normal(key, shape)))
+
+  def quantiles(self, count: int) -> jax.Array:
+    """The midpoints of `count` equally likely parts, (count,) float32, for means under it."""
+    share = (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
+    if self.kind == 'uniform':
+      return self._placed(share)
+    return self._placed(self._of_gaussian(jax.scipy.special.ndtri(share)))
+
+  def _of_gaussian(self, normal: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(self.mean + self.std * normal)
+
+  def _placed(self, t: jax.Array) -> jax.Array:
+    return self.t_min + (self.t_max - self.t_min) * shift_timesteps(t, self.shift_mu)
 
 
 def timestep_schedule(num_steps: int, mu: float = 0.0) -> jax.Array:

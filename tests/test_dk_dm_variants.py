@@ -90,6 +90,20 @@ def test_min_snr_weighs_the_error_of_the_clean_sample(gamma):
   assert peak == pytest.approx(1 / (1 + gamma**0.5), abs=1e-3)
 
 
+@pytest.mark.parametrize('name', ['path_kl', 'min_snr'])
+def test_time_weights_have_mean_one_where_t_is_drawn(name):
+  from eru_jax.training.stage_config import DkDmStageConfig
+  from eru_jax.training.variants.dk_dm import TIME_WEIGHTS, DkDm
+
+  config = DkDmStageConfig(time_weight=name, time_mean=1.6, time_std=0.7)
+  stage = DkDm(config, None, None, 1.0, None)
+  t = stage.times(jax.random.key(0), 200_000)
+  weight = stage.weight(t)
+  assert float(jnp.mean(weight)) == pytest.approx(1, abs=0.02)
+  ratio = weight / TIME_WEIGHTS[name](t)
+  np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+
+
 def _branchwise(p, teacher=None, seed=0):
   x_0, noise, t, weight = batch(seed)
   return dk_dm.branchwise_matching(

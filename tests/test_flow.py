@@ -97,6 +97,8 @@ def test_densities_have_their_quantiles(kind):
   expected = 0.1 + 0.8 * flow.shift_timesteps(base, 0.7)
   # Standard errors of these quantiles are at most 0.003.
   np.testing.assert_allclose(np.quantile(t, u), expected, atol=0.015)
+  # Midpoints of five parts: the 10th, 30th ... 90th percentile.
+  np.testing.assert_allclose(density.quantiles(5)[::2], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ class DkDmStageConfig(StageConfig):
     variant: where the states come from and what is matched there, see `variants.dk_dm`.
     guidance: 'matched', 'branchwise' or 'baked', see `variants.dk_dm`.
     baked_scale: guidance scale of the teacher where it is baked in.
-    time_weight: weight in t of the matched states: 'uniform', 'path_kl' or 'min_snr'.
+    time_weight: weight in t of the matched states: 'uniform', 'path_kl' or 'min_snr', each divided
+      by its mean under the density of t. The variant 'critic' takes none.
     critic_updates: for variant 'critic', its updates for each of the student's.
     teacher_batch: implicit prompts an iteration that meet states of the teacher's pictures.
     rollouts: implicit prompts an iteration that are rolled out with the student.

@@ -33,6 +33,7 @@ TIME_WEIGHTS: dict[str, Callable[[jax.Array], jax.Array] | None] = {
   'path_kl': functools.partial(time_weights.path_kl, t_min=0.1),
   'min_snr': time_weights.min_snr,
 }
+_QUANTILES = 1024
 # 'matched' leaves guidance to the preservation of the empty prompt, 'branchwise' matches both of
 # its branches on every state, 'baked' teaches the student what the guided teacher does.
 GUIDANCE = ('matched', 'branchwise', 'baked')
@@ -70,9 +71,12 @@ class DkDm:
     """The field that the sampler integrates."""
     return flow.classifier_free_guidance(field, self.null, self.cfg_scale)
 
+  @property
+  def density(self) -> flow.TimestepDensity:
+    return flow.TimestepDensity('logit_normal', self.config.time_mean, self.config.time_std)
+
   def times(self, key: jax.Array, count: int) -> jax.Array:
-    density = flow.TimestepDensity('logit_normal', self.config.time_mean, self.config.time_std)
-    return density.sample(key, (count,))
+    return self.density.sample(key, (count,))
 
   def noise(self, key: jax.Array, count: int) -> jax.Array:
     return jax.random.normal(key, (count, *self.model.latent_shape))
@@ -95,7 +99,10 @@ class DkDm:
 
   def weight(self, t: jax.Array) -> jax.Array | None:
     weight = TIME_WEIGHTS[self.config.time_weight]
-    return None if weight is None else weight(t)
+    if weight is None:
+      return None
+    # Of mean 1 where t is drawn: its size would be one of preservation's weight.
+    return weight(t) / jnp.mean(weight(self.density.quantiles(_QUANTILES)))
 
 
 def in_turn(field: VelocityFn, parts: int) -> VelocityFn:
