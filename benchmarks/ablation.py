@@ -21,7 +21,11 @@ from absl import app, flags
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/ablation', 'Where checkpoints and scores are kept.')
 _OUTPUT = flags.DEFINE_string('output', 'benchmarks/results/ablation', 'Where the results go.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Training seeds, from 0.', lower_bound=1)
-_ROWS = flags.DEFINE_list('rows', [], 'Only these rows, by name (names with commas: by prefix).')
+_ROWS = flags.DEFINE_list(
+  'rows',
+  [],
+  'Only these rows, by name, or all whose names begin so. "Names, with commas" are quoted.',
+)
 _QUICK = flags.DEFINE_bool('quick', False, 'A few steps on a few facts: does everything run?')
 
 # Pictures of one prompt whose mutual distance is the diversity, and of how many prompts.

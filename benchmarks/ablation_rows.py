@@ -54,8 +54,8 @@ COMMON = {
   'no_rl.optimizer.learning_rate': 1e-4,
   'no_rl.save_every': 1000,
 }
-# As many states as the teacher's pictures give elsewhere.
-_ROLLOUTS = {'dk_dm.rollouts': 8, 'dk_dm.states_per_rollout': 4}
+# As many states, of as many prompts, as the teacher's pictures give elsewhere.
+_ROLLOUTS = {'dk_dm.rollouts': 32, 'dk_dm.states_per_rollout': 1}
 _EVERYWHERE = '.*'
 _CONTEXT = 'context_embedder|add_[qkv]_proj|to_add_out|ff_context|norm1_context'
 
@@ -116,8 +116,6 @@ _NO_RL = (
   _no_rl('N1, explicit prompts only', 'negative_only', explicit_share=1.0),
   # As the deployed sampler is.
   _no_rl('N1, guided by 3', 'negative_only', cfg_scale=3.0),
-  # Pictures that are nearer to what the velocity field says.
-  _no_rl('N1, 32 rollout steps', 'negative_only', rollout_steps=32),
   _no_rl('N2', 'anchored_negatives'),
   _no_rl('N3', 'policy_gradient', **_AT_ONCE),
   _no_rl('N3, W-REINFORCE', 'policy_gradient', positive_weight=0.1, **_AT_ONCE),
@@ -126,6 +124,7 @@ _NO_RL = (
   _no_rl('full NFT', 'nft'),
   _no_rl('full NFT, branch weights', 'nft', nft_weights='branch'),
   _no_rl('full NFT, guided by 3', 'nft', cfg_scale=3.0),
+  # Pictures that are nearer to what the velocity field says.
   _no_rl('full NFT, 32 rollout steps', 'nft', rollout_steps=32),
   _no_rl('positive-only NFT', 'positive_only'),
   _no_rl('rejection sampling', 'rejection_sampling'),
@@ -171,7 +170,6 @@ ROWS = (
       'N1, group-normalised',
       'N1, no KL',
       'N1, guided by 3',
-      'N1, 32 rollout steps',
       'N2',
       'N3',
       'N3, W-REINFORCE',
@@ -238,7 +236,12 @@ def slug(name):
 def chosen_rows(wanted):
   if not wanted:
     return ROWS
-  rows = [r for r in ROWS if any(r.name.startswith(name) for name in wanted)]
+  exact = {row.name for row in ROWS}
+  rows = [
+    row
+    for row in ROWS
+    if any(row.name == name if name in exact else row.name.startswith(name) for name in wanted)
+  ]
   missing = [name for name in wanted if not any(r.name.startswith(name) for r in rows)]
   if missing:
     known = ', '.join(repr(row.name) for row in ROWS)

@@ -113,6 +113,9 @@ def test_unknown_rows_are_refused(modules):
   _, rows = modules
   assert rows.chosen_rows([]) == rows.ROWS
   assert len(rows.chosen_rows(['c'])) == 2
+  assert [row.name for row in rows.chosen_rows(['mixture', 'a, path velocity'])] == [
+    'mixture', 'a, path velocity',
+  ]  # fmt: skip
   with pytest.raises(app.UsageError, match=r"No row begins with \['N7'\]; there are 'base'"):
     rows.chosen_rows(['N7'])
 
@@ -127,11 +130,11 @@ def test_rows_train_and_are_not_trained_twice(emoji_cache, tmp_path):
     f'--output={tmp_path / "out"}',
     '--quick',
     '--seeds=1',
-    '--rows=base,mixture,c,N1 from,N5',
+    '--rows=base,mixture,"mixture, 40 steps",c,N1 from,N5 from',
   ]
   first = subprocess.run(command, capture_output=True, text=True, check=True)
   scores = {p: p.read_bytes() for p in (tmp_path / 'work').glob('*/scores.json')}
-  assert len(scores) == 11
+  assert len(scores) == 8
   second = subprocess.run(command, capture_output=True, text=True, check=True)
   assert json.loads(first.stdout.splitlines()[-1]) == json.loads(second.stdout.splitlines()[-1])
   assert all(path.read_bytes() == old for path, old in scores.items())
