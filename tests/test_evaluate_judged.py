@@ -322,7 +322,8 @@ def test_costs_of_rewrites_are_of_those_that_were_counted(first, studio, tmp_pat
     assert (told['prompt_tokens'], told['cost']) == (
       (number, pytest.approx(number / 1e6)) if number in counted else (None, None)
     )
-  assert f'(of {len(counted)} of {len(numbers)} whose tokens were' in capsys.readouterr().out
+  said = f'rewritten prompt (tokens of {len(counted)} of {len(numbers)} were counted), at every use'
+  assert said in capsys.readouterr().out
 
 
 def test_a_rewriter_that_counts_nothing_has_no_cost(studio, tmp_path, capsys):

@@ -318,7 +318,8 @@ def test_pictures_that_are_never_judged_do_not_keep_others_from_it(bad, requests
 
   def act(handler):
     level = int(picture_of(handler.request_seen)[0, 0, 0])
-    (bad if level % 3 == 0 else answers(_third))(handler)
+    # What is known comes back before any of them does.
+    (after(0.15, bad) if level % 3 == 0 else answers(_third))(handler)
 
   wanted = [None if n % 3 == 0 else n % 3 for n in range(60)]
   with JudgeServer(usual=act) as server:
@@ -332,6 +333,31 @@ def test_pictures_that_are_never_judged_do_not_keep_others_from_it(bad, requests
       assert (summary.answered, summary.cached) == (40, 40 if run else 0)
   reasons = {verdict.reason.split(' (')[0] for verdict in verdicts if verdict.score is None}
   assert len(reasons) == 1 and not reasons & {''}
+
+
+def test_the_first_picture_alone_may_be_denied(tmp_path):
+  def act(handler):
+    level = int(picture_of(handler.request_seen)[0, 0, 0])
+    (after(0.1, answers(_third)) if level else fails(403, 'flagged'))(handler)
+
+  with JudgeServer(usual=act) as server:
+    # Asked at the same time as others, it is told from a wrong key.
+    verdicts, _ = judge_pictures(server.client(concurrency=4), WISE, _items(6))
+    assert _scores(verdicts) == [None, 1, 2, 0, 1, 2]
+    assert verdicts[0].reason == 'refused with HTTP 403: flagged'
+    # Asked alone, it is not, but does not stand in the way of others for ever.
+    for run in range(2):
+      client = server.client(concurrency=1)
+      with open_journal(tmp_path / 'j') as journal:
+        if run == 0:
+          with pytest.raises(UserError, match='HTTP 403: flagged: this key may not use'):
+            judge_pictures(client, WISE, _items(6), journal)
+        else:
+          assert _scores(judge_pictures(client, WISE, _items(6), journal)[0])[1:] == [1, 2, 0, 1, 2]
+    # What was of use once is remembered by those who ask more patiently, or less.
+    client = server.client(concurrency=1)
+    judge_pictures(client.impatient(2), WISE, _items(2)[1:])
+    assert _scores(judge_pictures(client, WISE, _items(2))[0]) == [None, 1]
 
 
 def test_a_judge_that_hangs_on_a_few_pictures_is_not_gone(tmp_path):

@@ -99,8 +99,9 @@ def asked_lines(result: Mapping[str, Any]) -> list[str]:
           else 'tokens that nobody counted'
         )
         line += f', cost {each["cost"]:.2g},' if 'cost' in each else ''
-        line += f' (of {counted} of {prompts} whose tokens were counted)' * (0 < counted < prompts)
-        lines.append(f'  {line} for each rewritten prompt, at every use of the model')
+        line += ' for each rewritten prompt'
+        line += f' (tokens of {counted} of {prompts} were counted)' if 0 < counted < prompts else ''
+        lines.append(f'  {line}, at every use of the model')
   return lines
 
 

@@ -80,8 +80,9 @@ def ask(
   began, halt, judge = time.monotonic(), Halt(), identity_of(who)
   answers: list[Answer | None] = [None] * len(questions)
   pool = concurrent.futures.ThreadPoolExecutor(client.config.concurrency, 'judge')
-  if journal is not None and journal.holds(lambda row: row['judge'] == judge and 'reply' in row):
-    client.heard.set()
+  if journal is not None and not client.heard.is_set():
+    if journal.holds(lambda row: row['judge'] == judge and 'reply' in row):
+      client.heard.set()
   patience = Patience(client.heard.is_set(), client.config.concurrency)
   try:
     places = {

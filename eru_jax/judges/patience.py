@@ -35,8 +35,9 @@ class Patience:
   """Watches what comes back.
 
   Of a server from which no answer could be used so far, every failure counts. Of another one those
-  count that a bad picture does not explain: no connection, and being busy, out of order or denied
-  where that is new for the question, each of them only if nothing was answered since it was sent.
+  count that a bad picture does not explain: no connection, a server that is busy or out of order,
+  and what is denied, each of them only if nothing was answered since it was sent. Whatever had
+  come to nothing in another run counts only if there is no connection.
   """
 
   def __init__(self, heard: bool, at_once: int):
@@ -70,7 +71,7 @@ class Patience:
         self._row += 1
       return self._row >= GIVE_UP
     self._denied = self._denied or failure.denied
-    self._row += 1 if failure.denied or not known else 0
+    self._row += 0 if known else 1
     # Whoever was asked at the same time may show that it was this one question's fault.
     if self._denied and self._row >= self._at_once:
       raise self._denied
