@@ -26,6 +26,7 @@ from eru_jax.judges.summary import Answer, Spent, Summary, summarise
 ASKS = 3
 # What an answer is looked up by.
 KEY = ('judge', 'id', 'image', 'text')
+_INTERRUPTED = 'interrupted'
 # Characters of a bad reply that the model is shown again.
 _RECALLED = 2000
 
@@ -121,7 +122,7 @@ def _answer(
 ) -> tuple[Answer, Failure | None]:
   """A question's answer, and how it failed if it did."""
   if halt.is_set():
-    return Answer(question.id, None, 'interrupted'), Failure('interrupted', 0.0, False)
+    return Answer(question.id, None, _INTERRUPTED), Failure(_INTERRUPTED, 0.0, False)
   image = None if question.picture is None else pixels(question.picture)
   seen = '' if image is None else pixel_hash(image)
   key = (judge, question.id, seen, _digest(question.text))
@@ -129,7 +130,7 @@ def _answer(
   answer = _recalled(question.id, known or {}, read)
   if answer is not None:
     return answer, None
-  before = _tokens(known)
+  before, again = _tokens(known), bool(known) and known.get('failed') not in (None, _INTERRUPTED)
   picture = None if image is None else png(image)
   messages, began = [message(question.text, picture, client.config.detail)], time.monotonic()
   spent, reply, failure = Spent(), None, None
@@ -138,11 +139,11 @@ def _answer(
       reply = client.complete(messages, halt)
     except Unanswered as error:
       spent, reason, said = spent.plus(error.requests), str(error), ''
-      failure = Failure(error.kind, began, known is not None)
+      failure = Failure(error.kind, began, again)
       break
     except Denied as error:
       spent, reason, said = spent.plus(error.requests), error.reason, ''
-      failure = Failure('denied', began, known is not None, error)
+      failure = Failure('denied', began, again, error)
       break
     spent = spent.plus(reply.requests, reply.prompt_tokens, reply.completion_tokens)
     try:
@@ -150,16 +151,15 @@ def _answer(
     except BadReply as error:
       cut = ', cut off at max_tokens' if reply.cut else ''
       reason, said = f'bad reply, {ASKS} times: {error}{cut}', quoted(reply.text)
-      failure = Failure('reply', began, known is not None)
+      failure = Failure('reply', began, again)
       # At temperature 0 the same question has the same answer, so it is told what was wrong.
       messages = [*messages[:1], *_again(reply.text, str(error))]
       continue
     failure, reason, said = None, '', ''
     break
   seconds = time.monotonic() - began
-  if journal is not None and (
-    failure is None or failure.kind != 'interrupted' or any(spent.tokens)
-  ):
+  worth = failure is None or failure.kind != _INTERRUPTED or any(spent.tokens)
+  if journal is not None and worth:
     row = dict(zip(KEY, key, strict=True))
     row |= {'failed': reason} if failure else {'reply': without_thoughts(reply.text)}
     # All that was ever paid for it.
