@@ -133,7 +133,10 @@ def test_unscored_pictures_are_told_and_never_zero(studio, tmp_path, capsys):
     assert '11 pictures, 2 unscored and left out' in printed
     page = (out / 'gallery.html').read_text()
     assert '2 not scored: refused' in page and '"refused with HTTP 400: it is not shown"' in page
+    # Marks by name stand under each picture, and what a bad reply was.
+    assert '"consistency 2, realism 2, aesthetics 2"' in page and '(it says: lovely)"' in page
     rows = list(csv.DictReader((out / 'pictures.csv').open()))
+    assert {row['reason'] for row in rows} == {''}
     why = {(row['id'], row['unscored'].split(':')[0]) for row in rows if not row['value']}
     assert why == {('2', 'refused with HTTP 400'), ('700', 'bad reply, 3 times')}
     assert {row['unscored'] for row in rows if row['value']} == {''}
@@ -142,6 +145,24 @@ def test_unscored_pictures_are_told_and_never_zero(studio, tmp_path, capsys):
     result = run(data, out, stages=('no_rl',), **judged(server))
     assert len(server.requests) == 4 and result['judge']['total']['unanswered'] == 0
     assert result['stages']['no_rl']['implicit']['n'] == 13
+
+
+def test_the_judges_reasons_are_shown_and_are_only_text(studio, tmp_path):
+  data, out = write_wise(tmp_path / 'WISE'), tmp_path / 'out'
+  reason = '=1+1 </script><b>&\n two\ud800 wings ' + 'x' * 5000
+
+  def verdict(request):
+    return {'correct': 1, 'reason': reason}
+
+  with JudgeServer(usual=answers(verdict)) as server:
+    for _ in range(2):  # and what is known has it as well
+      run(data, out, benchmark='wise_verified', stages=('base',), **judged(server))
+      page = (out / 'gallery.html').read_text()
+      shown = 'correct 1: =1+1 \\u003c/script\\u003e\\u003cb\\u003e\\u0026 two? wings xxx'
+      assert shown in page and '<b>&' not in page and 'x' * 301 not in page
+      rows = list(csv.DictReader((out / 'pictures.csv').open()))
+      assert {row['reason'][:32] for row in rows} == {"'=1+1 </script><b>& two? wings xx"[:32]}
+      assert {len(row['reason']) for row in rows} == {301} and rows[0]['correct'] == '1'
 
 
 def test_science_t2i_by_its_rubrics_and_wise_verified(studio, tmp_path):
@@ -273,6 +294,47 @@ def test_rewriting_is_a_rival_in_the_same_table(studio, tmp_path, capsys):
     run(data, out, **judged(judge), **options)
     assert len(writer.requests) == before + 3 and len(studio.drawn) == drawn
   assert collections.Counter(map(text_of, writer.requests)).most_common(2)[1][1] == 1
+
+
+@pytest.mark.parametrize('first', [0, 1])
+def test_costs_of_rewrites_are_of_those_that_were_counted(first, studio, tmp_path, capsys):
+  """Of a server that counts tokens now and then."""
+  data = write_wise(tmp_path / 'WISE')
+
+  def act(handler):
+    number = int(re.search(r'riddle number (\d+)', text_of(handler.request_seen))[1])
+    usage = {'prompt_tokens': number, 'completion_tokens': 0} if number % 2 == first else None
+    says({'rewrite': f'thing {number}'}, usage=usage)(handler)
+
+  with JudgeServer(usual=act) as writer:
+    rewriter = service(writer, price=(1.0, 2.0), role='rewriter')
+    result = run(data, tmp_path / 'out', scorer='none', stages=('base',), rewriter=rewriter)
+  pairs = result['pairs']
+  numbers = [int(pair['id']) for pair in pairs]
+  counted = [number for number in numbers if number % 2 == first]
+  assert 0 < len(counted) < len(numbers)
+  each = result['rewriter']['per_prompt']
+  assert (each['metered'], each['prompts']) == (len(counted), len(numbers))
+  assert each['prompt_tokens'] == pytest.approx(sum(counted) / len(counted))
+  assert each['cost'] == pytest.approx(sum(counted) / len(counted) / 1e6)
+  for pair, number in zip(pairs, numbers, strict=True):
+    told = pair['rewriting']
+    assert (told['prompt_tokens'], told['cost']) == (
+      (number, pytest.approx(number / 1e6)) if number in counted else (None, None)
+    )
+  said = f'rewritten prompt (tokens of {len(counted)} of {len(numbers)} were counted), at every use'
+  assert said in capsys.readouterr().out
+
+
+def test_a_rewriter_that_counts_nothing_has_no_cost(studio, tmp_path, capsys):
+  data = write_wise(tmp_path / 'WISE')
+  with JudgeServer(usual=says({'rewrite': 'a thing'}, usage=None)) as writer:
+    rewriter = service(writer, price=(1.0, 2.0), role='rewriter')
+    result = run(data, tmp_path / 'out', scorer='none', stages=('base',), rewriter=rewriter)
+  assert result['rewriter']['per_prompt'].keys() == {
+    'seconds', 'median_seconds', 'prompts', 'metered'
+  }  # fmt: skip
+  assert 'tokens that nobody counted for each rewritten prompt' in capsys.readouterr().out
 
 
 def test_a_rewriter_that_cannot_is_told_before_anything_is_drawn(studio, tmp_path):

@@ -48,7 +48,6 @@ def test_a_request_is_what_the_interface_wants_and_its_answer_is_read():
   np.testing.assert_array_equal(picture_of(request), image)
   assert (reply.text, reply.cut, reply.requests) == ('fine', False, 1)
   assert (reply.prompt_tokens, reply.completion_tokens) == (100, 10)
-  assert 0 < reply.seconds < 5
 
 
 def test_extra_fields_are_added_and_null_leaves_one_out():
@@ -176,6 +175,31 @@ def test_a_request_that_is_refused_is_not_sent_again(status):
     with pytest.raises(Unanswered, match=f'refused with HTTP {status}: this picture is too large'):
       client.complete(HELLO)
     assert client.complete(HELLO).text == 'fine'
+
+
+def test_an_error_with_the_status_of_an_answer_says_what_it_is():
+  said = {'error': {'message': f'the model\n is overloaded {KEY}', 'code': 502}}
+  with JudgeServer(usual=sends(json.dumps(said).encode())) as server:
+    client = server.client({'ERU_JAX_JUDGE_KEY': KEY}, attempts=2)
+    with pytest.raises(Unanswered, match=r'completion: the model is overloaded \*\*\* \(2 att'):
+      client.complete(HELLO)
+  assert len(server.requests) == 2
+
+
+def test_what_went_wrong_is_told_from_nobody_being_there():
+  acts = {
+    'busy': (fails(500), drops, sends(b'odd'), after(2, says('late'))),
+    'refused': (fails(400),),
+  }
+  for kind, several in acts.items():
+    for act in several:
+      with JudgeServer(usual=act) as server:
+        with pytest.raises(Unanswered) as caught:
+          server.client(attempts=1, timeout=0.3).complete(HELLO)
+      assert caught.value.kind == kind
+  with pytest.raises(Unanswered) as caught:
+    server.client(attempts=1).complete(HELLO)  # nobody listens there any more
+  assert caught.value.kind == 'lost'
 
 
 def test_a_spent_account_is_told_from_too_many_requests():

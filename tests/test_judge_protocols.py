@@ -25,6 +25,12 @@ MARKS = {'consistency': 2, 'realism': 1, 'aesthetics': 0}
     '"aesthetics": 0, "reason": "so"}',
     'Consistency: 2\nRealism: 1\nAesthetic Quality: 0',
     '**Consistency:** 2\n\n**Realism**: 1\n- Aesthetic Quality = 0.\n',
+    # Of a chat template that opens the thoughts itself.
+    'Hm, </think> or {"consistency": 1}?\n</think>\n\nConsistency: 2\nRealism: 1\nAesthetics: 0',
+    'Consistency: 2/2\nRealism: 1 / 2\n**Aesthetic Quality:** 0/2',
+    '{"consistency": "2", "realism": " 1 ", "aesthetics": "0/2"}',
+    'Here is what I see.\n```json\n{"consistency": 2, "realism": 1, "aesthetics": 0}\n```\nSo '
+    'consistency is 2, as 9 apples are there.',
   ],
 )
 def test_a_reply_in_either_form_is_read(reply):
@@ -45,14 +51,33 @@ def test_a_reply_in_either_form_is_read(reply):
     ('{"consistency": 3, "realism": 1, "aesthetics": 0}', "'consistency' is not from 0 to 2"),
     ('{"consistency": -1, "realism": 1, "aesthetics": 0}', "'consistency' is not from 0 to 2"),
     ('{"consistency": 2, "realism": 1.0, "aesthetics": 0}', "'realism' is no whole number"),
-    ('{"consistency": 2, "realism": "1", "aesthetics": 0}', "'realism' is no whole number"),
+    ('{"consistency": 2, "realism": "1.0", "aesthetics": 0}', "'realism' is no whole number"),
+    ('{"consistency": 2, "realism": "1 or 2", "aesthetics": 0}', "'realism' is no whole number"),
+    ('{"consistency": 2, "realism": "one", "aesthetics": 0}', "'realism' is no whole number"),
+    ('{"consistency": "٢", "realism": 1, "aesthetics": 0}', "'consistency' is no whole number"),
+    ('{"consistency": "3", "realism": 1, "aesthetics": 0}', "'consistency' is not from 0 to 2"),
+    ('{"consistency": "2/5", "realism": 1, "aesthetics": 0}', 'out of 5, not out of 2'),
+    ('{"consistency": ["2"], "realism": 1, "aesthetics": 0}', 'no whole number'),
+    ('Consistency: 2/3\nRealism: 1\nAesthetics: 0', 'out of 3, not out of 2'),
+    ('Consistency: 3/2\nRealism: 1\nAesthetics: 0', 'not from 0 to 2'),
     ('{"consistency": 2, "realism": true, "aesthetics": 0}', "'realism' is no whole number"),
     ('{"consistency": 2, "realism": null, "aesthetics": 0}', "'realism' is no whole number"),
     ('{"consistency": 2, "realism": NaN, "aesthetics": 0}', "'realism' is no whole number"),
     ('{"consistency": 2, "consistency": 0, "realism": 1, "aesthetics": 0}', 'twice'),
     ('{"consistency": 2, "realism": 1, "aesthetics": 0, "aesthetic quality": 0}', 'twice'),
     ('Sure! {"consistency": 2, "realism": 1, "aesthetics": 0}', 'no JSON'),
-    ('Here:\n```json\n{"consistency": 2, "realism": 1, "aesthetics": 0}\n```', 'text around'),
+    (
+      'Consistency: 1\n```json\n{"consistency": 2, "realism": 1, "aesthetics": 0}\n```',
+      "'consistency' is another around",
+    ),
+    (
+      '```json\n{"consistency": 2, "realism": 1, "aesthetics": 0}\n```\nor aesthetic quality is 2',
+      "'aesthetics' is another around",
+    ),
+    (
+      '{"consistency": 1}\n```json\n{"consistency": 2, "realism": 1, "aesthetics": 0}\n```',
+      'more than text around',
+    ),
     ('```\n{"a": 1}\n```\n```\n{"b": 1}\n```', 'several fenced blocks'),
     ('<think>{"consistency": 2, "realism": 1, "aesthetics": 0}', 'within the model’s thoughts'),
     ('Consistency: 2\nRealism: 1\nAesthetic Quality: 0\nA fine picture.', 'no JSON'),
@@ -74,6 +99,9 @@ def test_long_replies_are_read_in_no_time():
     '<think>' * 30_000,
     ' ' * 200_000,
     'a' + ' ' * 200_000 + ':',
+    'realism ' * 30_000 + '```{}```' + 'realism: ' * 30_000,
+    '{"consistency": "' + '2' * 200_000 + '"}',
+    '</think>' * 30_000,
     '```\n' + ' \n' * 10**5,
     ('a' + ' ' * 190 + 'b\n') * 10_000,
   ):
@@ -144,6 +172,17 @@ def test_instructions_of_ones_own(tmp_path):
 def test_names_of_a_json_reply_are_compared_plainly():
   assert json_object('{"Scene-Score": 1}') == {'scene_score': 1}
   assert integers('x y: 3', {'x_y': (0, 5)}, {}) == {'x_y': 3}
+
+
+def test_the_words_beside_the_marks_are_one_short_line():
+  verified, science = PROTOCOLS['wise_verified'], PROTOCOLS['science_t2i']
+  assert verified.words('{"reason": "two\\n  wings", "correct": 1}') == 'two wings'
+  reply = 'So:\n```json\n{"Description": "ice", "scene": 1, "reality": 2}\n```'
+  assert science.words(reply) == 'ice'
+  for reply in ('{"reason": 3, "correct": 1}', '{"correct": 1}', 'correct: 1', '{"reason": " "}'):
+    assert verified.words(reply) == ''
+  found = verified.words('{"reason": "\\u001b[31m\\ud800\\u202e' + 'x' * 1000 + '", "correct": 1}')
+  assert found.startswith('?[31m??xxx') and len(found) == 300 and found.endswith('x…')
 
 
 def test_judges_need_no_jax():

@@ -147,14 +147,16 @@ def test_a_run_goes_on_without_a_few_pictures_but_not_without_many(tmp_path, mon
       pictures = rng.integers(0, 256, (count, 4, 4, 3), np.uint8)
       return reward.score(pictures, np.arange(count) % repeat)
 
-    score, known = ask(4)
+    score, known, told = ask(4)
+    assert told == {'judge_tokens': 4 * 110} and told['judge_tokens'].dtype == np.float32
     assert score.dtype == known.dtype == np.float32
     np.testing.assert_allclose(score, 0.5)
     assert 'answer 3' in text_of(server.requests[-1])
     lost.add(2)
     # 13 of each four are lost: 13 of 56 and fewer before; limit 16 of 64.
     for _ in range(13):
-      score, known = ask(4)
+      score, known, told = ask(4)
+      assert told == {'judge_tokens': 3 * 110}
       np.testing.assert_array_equal(known, [1, 1, 0, 1])
       np.testing.assert_allclose(score, [0.5, 0.5, 0, 0.5])
     lost.update((0, 1))
@@ -292,6 +294,8 @@ def test_a_run_with_a_judge_resumes_exactly_and_asks_nothing_twice(tmp_path, mon
       wanted = np.sum(np.multiply(scores[part], known[part])) / sum(known[part])
       assert row['reward'] == pytest.approx(wanted, rel=1e-5)
       assert row['unscored'] == pytest.approx(1 - np.mean(known[part]))
+      # What is not judged is asked three times.
+      assert row['judge_tokens'] == 110 * (sum(known[part]) + 3 * (8 - sum(known[part])))
       assert row['grad_norm'] > 0 and row['skipped'] == 0
     assert [row['step'] for row in rows] == [1, 2, 3, 4]
 
@@ -305,9 +309,10 @@ def test_a_run_with_a_judge_resumes_exactly_and_asks_nothing_twice(tmp_path, mon
     resumed = runs.train('stopped', 'two', concurrency=2, timeout=9.0)
     np.testing.assert_array_equal(resumed, result)
     assert not np.array_equal(resumed, np.full(LATENT, 0.1, np.float32))
-    assert runs.rows('stopped') == rows
-    # Step 3 was done twice, but only what had not been scored was asked about again.
+    # Step 3 was done twice, but only what had not been scored was asked about again, and paid for.
     again = sum(not one for one in known[16:24])
+    rows[2]['judge_tokens'] += 3 * 110 * again
+    assert runs.rows('stopped') == rows
     assert len(runs.first_asked()) - before == 4 * 8 + again
 
 
@@ -402,7 +407,8 @@ def _score_in_one_of_several(url):
   batch = on_mesh((pictures, rows), mesh)
   assert not batch[0].is_fully_addressable
   reward = JudgeReward(JudgeConfig(url=url, model='tiny-judge', max_unscored=0.9), PAIRS)
-  score, known = reward.score(*batch)
+  score, known, told = reward.score(*batch)
+  assert told['judge_tokens'] > 8 * 100
   with sharding.use_mesh(mesh):
     total = jax.jit(lambda x, found: jnp.sum(x * found[1][:, None, None, None]) + found[0][0])
     value = float(total(batch[0].astype(jnp.float32), (score, known)))

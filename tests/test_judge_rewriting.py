@@ -1,7 +1,7 @@
 """Prompts rewritten by a language model, the rival that trains nothing."""
 
 import pytest
-from judge_server import JudgeServer, answers, fails, says, text_of
+from judge_server import JudgeServer, after, answers, fails, says, text_of
 
 from eru_jax.errors import UserError
 from eru_jax.judges.rewriting import latency, rewrite_prompts
@@ -46,6 +46,17 @@ def test_what_is_no_rewrite_is_reported_and_not_drawn(reply):
     (one,), summary = rewrite_prompts(server.client(), PROMPTS[:1])
   assert one.text is None and one.reason.startswith('bad reply, 3 times')
   assert summary.unanswered == 1 and latency([one])['seconds'] == 0
+
+
+@pytest.mark.parametrize('bad', [says('no JSON'), fails(503)])
+def test_the_latency_has_repeated_requests_and_waits(bad, tmp_path):
+  with JudgeServer(after(0.3, bad), usual=answers(_explicit)) as server:
+    client = server.client(first_wait=0.2, longest_wait=0.2)
+    with open_journal(tmp_path / 'j') as journal:
+      (one,), _ = rewrite_prompts(client, PROMPTS[:1], journal)
+    with open_journal(tmp_path / 'j') as journal:
+      (again,), _ = rewrite_prompts(client, PROMPTS[:1], journal)
+  assert 0.3 <= one.seconds < 5 and again.seconds == pytest.approx(one.seconds, abs=1e-3)
 
 
 def test_instructions_of_ones_own(tmp_path):

@@ -25,7 +25,7 @@ from judge_server import (
 from PIL import Image
 
 from eru_jax.errors import UserError
-from eru_jax.judges import asking
+from eru_jax.judges import patience
 from eru_jax.judges.flags import define_chat
 from eru_jax.judges.protocols import PROTOCOLS
 from eru_jax.judges.summary import parse_price
@@ -114,9 +114,11 @@ def test_what_stays_bad_is_unscored_and_never_zero():
   assert all(verdict.score is None for verdict in verdicts[:7])
   reasons = [verdict.reason for verdict in verdicts]
   wanted = [
-    'bad reply, 3 times: it is no JSON',
-    "bad reply, 3 times: 'consistency' is not from 0 to 2",
-    'bad reply, 3 times: it ends within the model’s thoughts, cut off at max_tokens',
+    'bad reply, 3 times: it is no JSON (it says: I cannot.)',
+    "bad reply, 3 times: 'consistency' is not from 0 to 2 "
+    '(it says: {"consistency": 7, "realism": 0, "aesthetics": 0})',
+    'bad reply, 3 times: it ends within the model’s thoughts, cut off at max_tokens (it says: '
+    '<think>so)',
     'HTTP 500: busy (2 attempts)',
     'refused with HTTP 400: too large',
   ]
@@ -126,6 +128,8 @@ def test_what_stays_bad_is_unscored_and_never_zero():
   assert len(server.requests) == summary.requests == 3 * 3 + 3 * 2 + 1 + 1
   assert summary.retries == summary.requests - 8
   assert (summary.answered, summary.unanswered) == (1, 7) and sum(summary.reasons.values()) == 7
+  # What they said is of each picture, and would keep reasons from being counted.
+  assert summary.reasons['bad reply, 3 times: it is no JSON'] == 1
   assert '1 not scored: refused with HTTP 400: too large' in summary.describe('scored')
   # 1 right reply and 9 bad ones were paid for.
   assert summary.prompt_tokens == 1000 and summary.cost == pytest.approx(1100e-6)
@@ -150,7 +154,9 @@ def test_a_run_goes_on_where_it_ended_and_asks_nothing_twice(tmp_path):
       (client, WISE, _items(1, level=9)[0]),
       (client, WISE, Item('id 0', _items(1)[0].picture, {'prompt': 'new', 'explanation': 'why'})),
       (client, WISE, Item('id x', _items(1)[0].picture, _items(1)[0].values)),
-      (server.client(max_tokens=5), WISE, _items(1)[0]),
+      (server.client(temperature=0.5), WISE, _items(1)[0]),
+      (server.client(detail='low'), WISE, _items(1)[0]),
+      (server.client(extra='{"seed": 3}'), WISE, _items(1)[0]),
     ]
     for asked, protocol, item in other:
       before = len(server.requests)
@@ -160,9 +166,15 @@ def test_a_run_goes_on_where_it_ended_and_asks_nothing_twice(tmp_path):
       assert len(server.requests) == before + 1
     assert judge_name(client, WISE) != judge_name(client, VERIFIED)
     # How it is asked does not matter, as long as what is asked is the same.
+    longer = {'max_tokens': 9, 'extra': '{"max_tokens": null, "max_completion_tokens": 9}'}
     with open_journal(path) as journal:
-      judge_pictures(server.client(timeout=9.0, concurrency=1), WISE, _items(8), journal)
+      same = server.client(timeout=9.0, concurrency=1, **longer)
+      judge_pictures(same, WISE, _items(8), journal)
     assert len(server.requests) == before + 1
+  # Nor does it where the model runs: nobody listens at the old port any more.
+  with JudgeServer() as other, open_journal(path) as journal:
+    verdicts, _ = judge_pictures(other.client(), WISE, _items(8), journal)
+    assert all(verdict.cached for verdict in verdicts) and not other.requests
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert rows[0].keys() == {'judge', 'id', 'image', 'text', 'reply', 'tokens', 'seconds', 'model'}
 
@@ -244,19 +256,151 @@ commands.run(lambda: t.judge_pictures(client, t.WISE, t._items(30), journal))
     assert len(server.requests) == before + 30 - kept
 
 
-def test_where_nobody_answers_the_rest_is_not_asked(tmp_path):
-  with JudgeServer(*[answers(_third)] * 3, usual=fails(400, 'no pictures, please')) as server:
-    with open_journal(tmp_path / 'j') as journal:
-      with pytest.raises(UserError, match='16 questions in a row.*no pictures, please') as caught:
-        judge_pictures(server.client(), WISE, _items(200), journal)
-      assert len(journal) == 3
-  assert '\n' not in str(caught.value)
-  # What is on its way when it is noticed still comes; a loaded machine notices late.
-  assert 3 + asking.GIVE_UP <= len(server.requests) < 150
-  with JudgeServer(usual=fails(401)) as server:
-    with pytest.raises(UserError, match='HTTP 401'):
-      judge_pictures(server.client(), WISE, _items(200))
-  assert len(server.requests) <= 8
+def _kept(path):
+  """How many answers a journal holds."""
+  return sum('reply' in json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+  'act',
+  [fails(503, 'no machine'), fails(403, 'no more'), drops],
+  ids=['busy', 'denied', 'dropped'],
+)
+def test_where_nobody_answers_the_rest_is_not_asked(act, tmp_path):
+  path = tmp_path / 'j'
+  with JudgeServer(*[answers(_third)] * 3, usual=act) as server:
+    client = server.client(attempts=1)
+    with open_journal(path) as journal:
+      with pytest.raises(UserError, match='16 questions in a row unanswered') as caught:
+        judge_pictures(client, WISE, _items(250), journal)
+    assert _kept(path) == 3 and '\n' not in str(caught.value)
+    # What is on its way when it is noticed still comes; a loaded machine notices late.
+    assert 3 + patience.GIVE_UP <= len(server.requests) < 150
+    # Whoever tries again may be asked about these as well, but not about all.
+    server.requests = []
+    with open_journal(path) as journal:
+      with pytest.raises(UserError, match='16 questions in a row unanswered'):
+        judge_pictures(client, WISE, _items(250), journal)
+    assert len(server.requests) < 200
+  began = time.monotonic()
+  with open_journal(path) as journal:
+    with pytest.raises(UserError, match='16 questions in a row.*connection failed'):
+      judge_pictures(server.client(), WISE, _items(250), journal)
+  assert time.monotonic() - began < 5
+
+
+def test_a_judge_of_whom_no_word_was_of_use_is_not_asked_on(tmp_path):
+  for act, words in ((says('Nice!'), 'no JSON .it says: Nice!'), (fails(400, 'blind'), 'blind')):
+    with JudgeServer(usual=act) as server:
+      with pytest.raises(UserError, match=f'16 questions in a row.*{words}'):
+        judge_pictures(server.client(), WISE, _items(250))
+    assert len(server.requests) < 3 * 100
+  for status in (401, 403, 404):
+    with JudgeServer(usual=fails(status)) as server:
+      with pytest.raises(UserError, match=f'HTTP {status}.*(set ERU|another key|check the addr)'):
+        judge_pictures(server.client(), WISE, _items(200))
+    assert len(server.requests) <= 2 * 8
+
+
+@pytest.mark.parametrize(
+  'bad, requests',
+  [
+    (says('I am sorry.'), 3),
+    (fails(400, 'I will not'), 1),
+    (fails(403, 'flagged by moderation'), 1),
+    (fails(404, 'flagged by moderation'), 1),
+    (fails(500, 'flagged by moderation'), 2),
+  ],
+  ids=['reply', '400', '403', '404', '500'],
+)
+def test_pictures_that_are_never_judged_do_not_keep_others_from_it(bad, requests, tmp_path):
+  """Of 60 pictures 20, and in the later runs nothing else is asked about."""
+
+  def act(handler):
+    level = int(picture_of(handler.request_seen)[0, 0, 0])
+    # What is known comes back before any of them does.
+    (after(0.15, bad) if level % 3 == 0 else answers(_third))(handler)
+
+  wanted = [None if n % 3 == 0 else n % 3 for n in range(60)]
+  with JudgeServer(usual=act) as server:
+    for run in range(2):
+      server.requests = []
+      client = server.client(attempts=2, concurrency=32)
+      with open_journal(tmp_path / 'j') as journal:
+        verdicts, summary = judge_pictures(client, WISE, _items(60), journal)
+      assert _scores(verdicts) == wanted
+      assert len(server.requests) == requests * 20 + (0 if run else 40)
+      assert (summary.answered, summary.cached) == (40, 40 if run else 0)
+  reasons = {verdict.reason.split(' (')[0] for verdict in verdicts if verdict.score is None}
+  assert len(reasons) == 1 and not reasons & {''}
+
+
+def test_the_first_picture_alone_may_be_denied(tmp_path):
+  def act(handler):
+    level = int(picture_of(handler.request_seen)[0, 0, 0])
+    (after(0.1, answers(_third)) if level else fails(403, 'flagged'))(handler)
+
+  with JudgeServer(usual=act) as server:
+    # Asked at the same time as others, it is told from a wrong key.
+    verdicts, _ = judge_pictures(server.client(concurrency=4), WISE, _items(6))
+    assert _scores(verdicts) == [None, 1, 2, 0, 1, 2]
+    assert verdicts[0].reason == 'refused with HTTP 403: flagged'
+    # Asked alone, it is not, but does not stand in the way of others for ever.
+    for run in range(2):
+      client = server.client(concurrency=1)
+      with open_journal(tmp_path / 'j') as journal:
+        if run == 0:
+          with pytest.raises(UserError, match='HTTP 403: flagged: this key may not use'):
+            judge_pictures(client, WISE, _items(6), journal)
+        else:
+          assert _scores(judge_pictures(client, WISE, _items(6), journal)[0])[1:] == [1, 2, 0, 1, 2]
+    # What was of use once is remembered by those who ask more patiently, or less.
+    client = server.client(concurrency=1)
+    judge_pictures(client.impatient(2), WISE, _items(2)[1:])
+    assert _scores(judge_pictures(client, WISE, _items(2))[0]) == [None, 1]
+
+
+def test_a_judge_that_hangs_on_a_few_pictures_is_not_gone(tmp_path):
+  """They come back last, many in a row, when all others are long judged."""
+
+  def act(handler):
+    level = int(picture_of(handler.request_seen)[0, 0, 0])
+    (after(1.5, drops) if level % 3 == 0 else answers(_third))(handler)
+
+  with JudgeServer(usual=act) as server:
+    client = server.client(attempts=1, concurrency=32)
+    verdicts, _ = judge_pictures(client, WISE, _items(60))
+  assert sum(verdict.score is None for verdict in verdicts) == 20
+
+
+def test_a_wrong_key_is_fatal_whatever_was_answered(tmp_path):
+  with JudgeServer(*[answers(_third)] * 3, usual=fails(401)) as server:
+    with pytest.raises(UserError, match='HTTP 401.*to a valid key'):
+      judge_pictures(server.client(concurrency=1), WISE, _items(20))
+  assert 4 <= len(server.requests) <= 6  # of which the last may have been on their way
+
+
+def test_what_unscored_pictures_cost_is_not_forgotten(tmp_path):
+  with JudgeServer(says('a'), says('b'), says('c'), usual=answers(_third)) as server:
+    client, price = server.client(concurrency=1), (1.0, 2.0)
+    found = []
+    for count in (1, 2, 2):
+      with open_journal(tmp_path / 'j') as journal:
+        _, summary = judge_pictures(client, WISE, _items(count), journal, price)
+      found.append((summary.unanswered, summary.cost * 1e6, summary.cached_cost * 1e6))
+  # A reply costs 120: three bad ones, then a good one of each picture, then nothing.
+  assert [one[0] for one in found] == [1, 0, 0]
+  assert [one[1:] for one in found] == [
+    pytest.approx((360, 0)), pytest.approx((240, 360)), pytest.approx((0, 600))
+  ]  # fmt: skip
+
+
+def test_many_reasons_are_not_all_told():
+  acts = [fails(400, f'request {n}') for n in range(12)]
+  with JudgeServer(answers(_third), *acts) as server:
+    _, summary = judge_pictures(server.client(concurrency=1), WISE, _items(13))
+  lines = summary.describe('scored').splitlines()
+  assert len(lines) == 1 + 8 + 1 and lines[-1] == '  4 not scored for other reasons'
 
 
 def test_a_server_that_dies_and_comes_back_leaves_nothing_unscored():
@@ -342,3 +486,14 @@ def test_flags(monkeypatch):
   with pytest.raises(UserError, match='--judge_model is given, but no --judge=URL'):
     values['judge'].unparse()
     parsed('--judge_model=m').client()
+  for option in (
+    'timeout=9',
+    'concurrency=3',
+    'max_tokens=9',
+    'detail=low',
+    'extra={}',
+    'price=1,2',
+  ):
+    words = f'^--judge_{option.split("=")[0]} is given, but no --judge=URL: give that too, or leave'
+    with pytest.raises(UserError, match=words):
+      parsed(f'--judge_{option}').client()

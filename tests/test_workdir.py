@@ -49,6 +49,18 @@ def start(monkeypatch):
   return start
 
 
+def test_a_judge_that_moves_is_the_same_judge(tiny_config, tmp_path):
+  def with_judge(**judge):
+    values = {'url': 'http://127.0.0.1:8000/v1', 'model': 'm'} | judge
+    return tiny_config | {'no_rl': {'reward': 'judge', 'judge': values}}
+
+  claim(with_judge(), tmp_path / 'run')
+  (tmp_path / 'run' / 'metrics.jsonl').write_text('{}\n')
+  claim(with_judge(url='http://127.0.0.1:8001/v1', max_tokens=4096), tmp_path / 'run')
+  with pytest.raises(UserError, match='another config .no_rl.judge.model was'):
+    claim(with_judge(model='n'), tmp_path / 'run')
+
+
 def test_a_failed_first_start_leaves_the_workdir_free(tiny_config, tiny_pairs, tmp_path):
   workdir = tmp_path / 'run'
   wrong = tiny_config | {'data': {'pairs': str(tmp_path / 'nosuch.jsonl')}}

@@ -79,14 +79,25 @@ class Evaluated:
     return found
 
   def said(self, model: str, index: int) -> str:
-    """Of a model's picture, what it shows, or why nobody could score it; '' if nobody says."""
+    """Of a model's picture, what it shows, a judge's marks and reason, or why it has no score."""
     if self.scorer is None:
       return ''
     score = self.scores[model][index]
-    if score is not None:
+    if score is None:
+      return self.scorer.why(self._file(model, index)) if self.scorer.why else ''
+    if self.scorer.words is None:
       return self.scorer.say(score) if self.scorer.say else ''
-    file = drawing.directory_of(self.output, model) / self.pictures[model][index].file
-    return self.scorer.why(file) if self.scorer.why else ''
+    marks = ', '.join(f'{name} {value:g}' for name, value in score.items())
+    return ': '.join(part for part in (marks, self.reason(model, index)) if part)
+
+  def reason(self, model: str, index: int) -> str:
+    """What a judge said beside its marks of a model's picture; '' for nothing."""
+    if self.scorer is None or self.scorer.words is None or self.scores[model][index] is None:
+      return ''
+    return self.scorer.words(self._file(model, index))
+
+  def _file(self, model: str, index: int) -> pathlib.Path:
+    return drawing.directory_of(self.output, model) / self.pictures[model][index].file
 
 
 def evaluate(

@@ -55,6 +55,7 @@ def open_judge(
     verdicts.judge_name(service.client, protocol),
     files=judging.score,
     why=judging.why,
+    words=judging.words,
     ready=functools.cache(
       lambda: verdicts.check_judge(service.client.impatient(_ATTEMPTS_AT_FIRST), protocol)
     ),
@@ -75,6 +76,7 @@ class _Judging:
     self._service, self._protocol, self._path = service, protocol, path
     self._came_to: dict[str, summary.Summary] = {}
     self._reasons: dict[pathlib.Path, str] = {}
+    self._words: dict[pathlib.Path, str] = {}
 
   def score(
     self, files: Sequence[pathlib.Path], questions: Sequence[Question], model: str
@@ -93,13 +95,15 @@ class _Judging:
         self._service.price,
         lambda done, _: progress.update(done),
       )
-    self._reasons |= {
-      file: verdict.reason for file, verdict in zip(files, found, strict=True) if verdict.reason
-    }
+    self._reasons |= {file: verdict.reason for file, verdict in zip(files, found, strict=True)}
+    self._words |= {file: verdict.words for file, verdict in zip(files, found, strict=True)}
     return [verdict.marks for verdict in found]
 
   def why(self, file: pathlib.Path) -> str:
     return self._reasons.get(file, '')
+
+  def words(self, file: pathlib.Path) -> str:
+    return self._words.get(file, '')
 
   def told(self) -> Mapping[str, Any]:
     models = {model: one.to_json() for model, one in self._came_to.items()}

@@ -92,9 +92,16 @@ def asked_lines(result: Mapping[str, Any]) -> list[str]:
       if told.get('per_prompt'):
         each = told['per_prompt']
         line = f'{each["seconds"]:.2f} s (median {each["median_seconds"]:.2f} s) and '
-        line += f'{each["prompt_tokens"]:.0f} + {each["completion_tokens"]:.0f} tokens'
+        counted, prompts = each['metered'], each['prompts']
+        line += (
+          f'{each["prompt_tokens"]:.0f} + {each["completion_tokens"]:.0f} tokens'
+          if counted
+          else 'tokens that nobody counted'
+        )
         line += f', cost {each["cost"]:.2g},' if 'cost' in each else ''
-        lines.append(f'  {line} for each rewritten prompt, at every use of the model')
+        line += ' for each rewritten prompt'
+        line += f' (tokens of {counted} of {prompts} were counted)' if 0 < counted < prompts else ''
+        lines.append(f'  {line}, at every use of the model')
   return lines
 
 
@@ -218,6 +225,7 @@ def _picture_rows(evaluated: 'Evaluated') -> list[dict[str, Any]]:
           'value': float(value) if np.isfinite(value) else None,
           **{key: (score or {}).get(key) for key in keys},
           'unscored': evaluated.said(model, index) if score is None else '',
+          'reason': evaluated.reason(model, index),
         }
       )  # fmt: skip
   return rows

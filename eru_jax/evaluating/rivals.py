@@ -49,16 +49,20 @@ class Rewriting:
     return [rewrite.text for rewrite in self._rewrites]
 
   def told(self) -> Mapping[str, Any]:
-    """What it came to, all together and for one prompt: seconds, tokens and, with prices, cost."""
+    """What it came to, all together and for one prompt: seconds, tokens and, with prices, cost.
+
+    Tokens and costs are means over the prompts whose tokens the server counted, 'metered' of them.
+    """
     done = [rewrite for rewrite in self._rewrites if rewrite.text is not None]
     each = [self._one(rewrite) for rewrite in done]
-    means = {
-      name: statistics.fmean(one[name] for one in each)
-      for name in (each[0] if each else ())
-      if each[0][name] is not None
-    }
+    means: dict[str, float] = {}
+    for name in each[0] if each else ():
+      there = [one[name] for one in each if one[name] is not None]
+      if there:
+        means[name] = statistics.fmean(there)
     if each:
       means['median_seconds'] = statistics.median(one['seconds'] for one in each)
+      means |= {'prompts': len(each), 'metered': sum(one.metered for one in done)}
     return {
       **self._service.to_json(),
       'condition': REWRITTEN,
@@ -71,13 +75,12 @@ class Rewriting:
     return {one.prompt: self._one(one) for one in self._rewrites if one.text is not None}
 
   def _one(self, rewrite: Rewrite) -> dict[str, Any]:
-    tokens, price = (rewrite.prompt_tokens, rewrite.completion_tokens), self._service.price
-    # A server that counts no tokens has no cost that is known.
-    known = price is not None and any(tokens)
-    cost = sum(n * each for n, each in zip(tokens, price, strict=True)) / 1e6 if known else None
+    price, known = self._service.price, rewrite.metered
+    tokens = (rewrite.prompt_tokens, rewrite.completion_tokens)
+    cost = sum(n * each for n, each in zip(tokens, price or (0, 0), strict=True)) / 1e6
     return {
       'seconds': rewrite.seconds,
-      'prompt_tokens': tokens[0],
-      'completion_tokens': tokens[1],
-      'cost': cost,
+      'prompt_tokens': tokens[0] if known else None,
+      'completion_tokens': tokens[1] if known else None,
+      'cost': cost if known and price is not None else None,
     }

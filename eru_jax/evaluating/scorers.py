@@ -38,6 +38,7 @@ class Scorer:
     files: in its place, (a model's files, their questions, what the model is called) -> the same.
     say: score -> what people are told that the picture shows, or None.
     why: a file that has no score -> why it has none.
+    words: a file that has one -> what was said beside it, such as a judge's reason, or ''.
     targets: a right answer's picture by question, (H, W, 3) uint8, or None.
     size: (height, width) of the pictures that it can look at, or None for any.
     ready: called before anything is drawn; raises UserError if it could not score.
@@ -51,6 +52,7 @@ class Scorer:
   files: Callable[[Sequence[pathlib.Path], list[Question], str], Sequence[Score]] | None = None
   say: Callable[[Mapping[str, float]], str] | None = None
   why: Callable[[pathlib.Path], str] | None = None
+  words: Callable[[pathlib.Path], str] | None = None
   targets: Callable[[Question], np.ndarray] | None = None
   size: tuple[int, int] | None = None
   ready: Callable[[], None] | None = None

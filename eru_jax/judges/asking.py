@@ -1,8 +1,8 @@
 """Asks a model many questions at once: what is known is not asked again, what fails is reported.
 
 A reply that is not what was asked for is sent back with the reason, twice. A question that then is
-still open, or whose requests all failed, counts as unanswered and says why. Where nearly nothing is
-answered, the rest is not even asked.
+still open, or whose requests all failed, counts as unanswered and says why; the journal keeps what
+it cost. Where nobody seems to be there, the rest is not even asked: see `patience`.
 """
 
 import concurrent.futures
@@ -14,19 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eru_jax.errors import UserError
-from eru_jax.judges.chat import ChatClient, Unanswered, message
+from eru_jax.judges.chat import ChatClient, Denied, Unanswered, message
 from eru_jax.judges.connection import Halt
 from eru_jax.judges.journal import Journal
+from eru_jax.judges.patience import Failure, Patience
 from eru_jax.judges.pictures import pixel_hash, pixels, png
-from eru_jax.judges.replies import BadReply, without_thoughts
-from eru_jax.judges.summary import Answer, Summary, summarise
+from eru_jax.judges.replies import BadReply, quoted, without_thoughts
+from eru_jax.judges.summary import Answer, Spent, Summary, summarise
 
 # How often a question is put, while its replies are bad.
 ASKS = 3
-# Questions in a row, as they come back, after which nobody seems to be answering.
-GIVE_UP = 16
 # What an answer is looked up by.
 KEY = ('judge', 'id', 'image', 'text')
+_INTERRUPTED = 'interrupted'
 # Characters of a bad reply that the model is shown again.
 _RECALLED = 2000
 
@@ -81,23 +81,30 @@ def ask(
   began, halt, judge = time.monotonic(), Halt(), identity_of(who)
   answers: list[Answer | None] = [None] * len(questions)
   pool = concurrent.futures.ThreadPoolExecutor(client.config.concurrency, 'judge')
-  failed = 0
+  if journal is not None and not client.heard.is_set():
+    if journal.holds(lambda row: row['judge'] == judge and 'reply' in row):
+      client.heard.set()
+  patience = Patience(client.heard.is_set(), client.config.concurrency)
   try:
     places = {
       pool.submit(_answer, client, question, read, judge, journal, halt): place
       for place, question in enumerate(questions)
     }
     for done, future in enumerate(concurrent.futures.as_completed(places), start=1):
-      answer = answers[places[future]] = future.result()
-      failed = 0 if answer.value is not None else failed + 1
-      if failed >= GIVE_UP:
+      answer, failure = future.result()
+      answers[places[future]] = answer
+      if failure is None:
+        client.heard.set()
+        patience.answered(answer.cached)
+      elif patience.failed(failure):
         raise UserError(
-          f'The {client.config.role} at {client.config.url} left {failed} questions in a '
-          f'row unanswered, the last because: {answer.reason}. Mend that and run the same command '
+          f'The {client.config.role} at {client.config.url} left {patience.row} questions in a '
+          f'row unanswered, the last because: {answer.told()}. Mend that and run the same command '
           'again; what is answered is kept.'
         )
       if told is not None:
         told(done, len(questions))
+    patience.ended()
   finally:
     # Nothing is in flight any more, unless this is left by an exception.
     halt.now()
@@ -112,46 +119,66 @@ def _answer(
   judge: str,
   journal: Journal | None,
   halt: Halt,
-) -> Answer:
+) -> tuple[Answer, Failure | None]:
+  """A question's answer, and how it failed if it did."""
   if halt.is_set():
-    return Answer(question.id, None, 'interrupted')
+    return Answer(question.id, None, _INTERRUPTED), Failure(_INTERRUPTED, 0.0, False)
   image = None if question.picture is None else pixels(question.picture)
   seen = '' if image is None else pixel_hash(image)
   key = (judge, question.id, seen, _digest(question.text))
   known = journal.get(key) if journal is not None else None
-  if known is not None:
-    answer = _recalled(question.id, known, read)
-    if answer is not None:
-      return answer
+  answer = _recalled(question.id, known or {}, read)
+  if answer is not None:
+    return answer, None
+  before, again = _tokens(known), bool(known) and known.get('failed') not in (None, _INTERRUPTED)
   picture = None if image is None else png(image)
-  messages = [message(question.text, picture, client.config.detail)]
-  requests, read_tokens, written_tokens, metered, reason = 0, 0, 0, True, ''
+  messages, began = [message(question.text, picture, client.config.detail)], time.monotonic()
+  spent, reply, failure = Spent(), None, None
   for _ in range(ASKS):
     try:
       reply = client.complete(messages, halt)
     except Unanswered as error:
-      requests += error.requests
-      reason = str(error)
+      spent, reason, said = spent.plus(error.requests), str(error), ''
+      failure = Failure(error.kind, began, again)
       break
-    requests += reply.requests
-    metered = metered and None not in (reply.prompt_tokens, reply.completion_tokens)
-    read_tokens += reply.prompt_tokens or 0
-    written_tokens += reply.completion_tokens or 0
+    except Denied as error:
+      spent, reason, said = spent.plus(error.requests), error.reason, ''
+      failure = Failure('denied', began, again, error)
+      break
+    spent = spent.plus(reply.requests, reply.prompt_tokens, reply.completion_tokens)
     try:
       value = read(reply.text)
     except BadReply as error:
       cut = ', cut off at max_tokens' if reply.cut else ''
-      reason = f'bad reply, {ASKS} times: {error}{cut}'
+      reason, said = f'bad reply, {ASKS} times: {error}{cut}', quoted(reply.text)
+      failure = Failure('reply', began, again)
       # At temperature 0 the same question has the same answer, so it is told what was wrong.
       messages = [*messages[:1], *_again(reply.text, str(error))]
       continue
-    if journal is not None:
-      row = dict(zip(KEY, key, strict=True)) | {'reply': without_thoughts(reply.text)}
-      row |= {'tokens': [read_tokens, written_tokens] if metered else None}
-      journal.add(row | {'seconds': round(reply.seconds, 3), 'model': client.config.model})
-    spent = (requests, read_tokens, written_tokens, reply.seconds, metered)
-    return Answer(question.id, value, '', False, *spent)
-  return Answer(question.id, None, reason, False, requests, read_tokens, written_tokens, 0, metered)
+    failure, reason, said = None, '', ''
+    break
+  seconds = time.monotonic() - began
+  worth = failure is None or failure.kind != _INTERRUPTED or any(spent.tokens)
+  if journal is not None and worth:
+    row = dict(zip(KEY, key, strict=True))
+    row |= {'failed': reason} if failure else {'reply': without_thoughts(reply.text)}
+    # All that was ever paid for it.
+    paid = [sum(pair) for pair in zip(before.tokens, spent.tokens, strict=True)]
+    row |= {'tokens': paid if before.metered and spent.metered else None}
+    journal.add(row | {'seconds': round(seconds, 3), 'model': client.config.model})
+  value = None if failure else value
+  return Answer(question.id, value, reason, said, False, spent, before, seconds), failure
+
+
+def _tokens(row: Mapping[str, Any] | None) -> Spent:
+  """What a row of the journal says that was paid."""
+  if row is None:
+    return Spent()
+  try:
+    read, written = (int(count) for count in row['tokens'])
+    return Spent(0, read, written)
+  except (KeyError, TypeError, ValueError, OverflowError):
+    return Spent(metered=False)
 
 
 def _digest(text: str) -> str:
@@ -168,9 +195,7 @@ def _again(text: str, error: str) -> list[dict[str, Any]]:
 def _recalled(name: str, row: Mapping[str, Any], read: Callable[[str], Any]) -> Answer | None:
   """The answer that a row of the journal holds; None if it is not one."""
   try:
-    value = read(row['reply'])
-    seconds, tokens = float(row['seconds']), row['tokens']
-    counts = (0, 0) if tokens is None else tuple(int(count) for count in tokens)
-    return Answer(name, value, '', True, 0, counts[0], counts[1], seconds, tokens is not None)
-  except (BadReply, KeyError, TypeError, ValueError, OverflowError, IndexError):
+    value, seconds = read(row['reply']), float(row['seconds'])
+  except (BadReply, KeyError, TypeError, ValueError, AttributeError, OverflowError):
     return None
+  return Answer(name, value, '', '', True, Spent(), _tokens(row), seconds)

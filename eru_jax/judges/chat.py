@@ -2,8 +2,9 @@
 
 One request is a POST of JSON to <url>/chat/completions. What passes by itself (429, 5xx, time-outs,
 dropped connections, replies that are no JSON) is tried again, later each time; what does not (a
-wrong key, model or address) is a UserError at once. No request takes longer than its time-out, and
-no answer more memory than its limit, whatever the server sends.
+wrong key, model or address) is a UserError at once: where that may be one picture's fault alone, it
+is a Denied. No request takes longer than its time-out, and no answer more memory than its limit,
+whatever the server sends.
 """
 
 import base64
@@ -14,18 +15,18 @@ import json
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eru_jax.errors import UserError
 from eru_jax.judges.connection import Halt, Lost, post
+from eru_jax.judges.replies import quoted
 from eru_jax.judges.settings import PATH, ChatConfig, find_key, key_name
 
 # A server that asks for more patience than this is not waited for.
 _LONGEST_RETRY_AFTER = 300.0
-# Characters of what a server says that are quoted.
-_QUOTED = 200
 # Passing by themselves, beside all 5xx: time-outs, conflicts, too early, too many.
 _PASSING = (408, 409, 425, 429)
 _FATAL = {
@@ -38,6 +39,8 @@ _FATAL = {
   ),
   405: 'check the address, which usually ends in /v1',
 }
+# Those of them with which some servers refuse one picture, such as by moderation.
+_DENIED = (403, 404)
 
 
 class Unanswered(Exception):
@@ -45,11 +48,26 @@ class Unanswered(Exception):
 
   Attributes:
     requests: how many were sent.
+    kind: 'lost' if no connection came about, 'busy' if something passing went wrong at the server,
+      'refused' if it does not want these very messages, or 'interrupted'.
   """
 
-  def __init__(self, reason: str, requests: int):
-    self.requests = requests
+  def __init__(self, reason: str, requests: int, kind: str):
+    self.requests, self.kind = requests, kind
     super().__init__(reason)
+
+
+class Denied(UserError):
+  """What refuses every request, or only this one, as nobody else's answers tell.
+
+  Attributes:
+    reason: what the server says.
+    requests: how many were sent.
+  """
+
+  def __init__(self, text: str, reason: str, requests: int):
+    self.reason, self.requests = reason, requests
+    super().__init__(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +78,6 @@ class Reply:
     text: its words.
     cut: whether they end where max_tokens does.
     prompt_tokens, completion_tokens: as the server counted; None where it does not.
-    seconds: of the request that was answered.
     requests: how many were sent until one was.
   """
 
@@ -68,7 +85,6 @@ class Reply:
   cut: bool
   prompt_tokens: int | None
   completion_tokens: int | None
-  seconds: float
   requests: int
 
 
@@ -84,7 +100,12 @@ def message(text: str, png: bytes | None = None, detail: str = 'auto') -> dict[s
 
 
 class ChatClient:
-  """Sends requests; any number of threads may use one."""
+  """Sends requests; any number of threads may use one.
+
+  Attributes:
+    config: to whom, and how.
+    heard: set once an answer could be used; of all copies together.
+  """
 
   def __init__(self, config: ChatConfig, environment: Mapping[str, str] = os.environ):
     """Takes the key from the environment, see `settings.find_key`.
@@ -92,7 +113,7 @@ class ChatClient:
     Raises:
       UserError: if it is none.
     """
-    self.config = config
+    self.config, self.heard = config, threading.Event()
     self._key = find_key(config.url, environment, config.role)
     self._random = random.Random()
     self._not_before = 0.0
@@ -112,6 +133,7 @@ class ChatClient:
 
     Raises:
       Unanswered: if no attempt was answered, or the server refuses these very messages.
+      Denied: if it refuses these, and maybe any.
       UserError: if it would refuse any.
     """
     config, halt = self.config, halt or Halt()
@@ -126,30 +148,35 @@ class ChatClient:
     body, headers = json.dumps(kept).encode(), {'Content-Type': 'application/json'}
     if self._key:
       headers['Authorization'] = f'Bearer {self._key}'
-    reason = ''
+    reason, kind = '', ''
     for attempt in range(config.attempts):
       # Where one was told to wait, all do.
       if halt.wait(self._not_before - time.monotonic()):
-        raise Unanswered('interrupted', attempt)
-      wanted, began = 0.0, time.monotonic()
+        raise Unanswered('interrupted', attempt, 'interrupted')
+      wanted, kind = 0.0, 'busy'
       try:
         status, found, data = post(config.url + PATH, body, headers, config.timeout, halt)
         if status == 200:
-          return _reply(data, time.monotonic() - began, attempt + 1)
-        reason = f'HTTP {status}: {self._quoted(data)}'
-        self._check_passing(status, data, reason, attempt + 1)
+          reply = _reply(data, attempt + 1)
+          if reply is not None:
+            return reply
+          reason = 'what came back is no chat completion'
+          reason += f': {self._quoted(data)}' if _error(data).get('message') else ''
+        else:
+          reason = f'HTTP {status}: {self._quoted(data)}'
+          self._check_passing(status, data, reason, attempt + 1)
         wanted = _retry_after(found)
       except Lost as error:
-        reason = str(error)
+        reason, kind = str(error), 'busy' if error.connected else 'lost'
       if halt.is_set():
-        raise Unanswered('interrupted', attempt + 1)
+        raise Unanswered('interrupted', attempt + 1, 'interrupted')
       if wanted > _LONGEST_RETRY_AFTER:
-        raise Unanswered(f'{reason}; the server asks to wait {wanted:.0f} s', attempt + 1)
+        raise Unanswered(f'{reason}; the server asks to wait {wanted:.0f} s', attempt + 1, kind)
       self._not_before = max(self._not_before, time.monotonic() + wanted if wanted else 0.0)
       longest = min(config.first_wait * 2**attempt, config.longest_wait)
       if attempt + 1 < config.attempts:
         halt.wait(max(wanted, longest * self._random.uniform(0.5, 1)))
-    raise Unanswered(f'{reason} ({config.attempts} attempts)', config.attempts)
+    raise Unanswered(f'{reason} ({config.attempts} attempts)', config.attempts, kind)
 
   def _check_passing(self, status: int, data: bytes, reason: str, requests: int) -> None:
     """Raises what a status means, unless it may pass."""
@@ -161,18 +188,17 @@ class ChatClient:
       what = _FATAL[402]
     if what is not None:
       what = what.format(key=key_name(config.role), model=config.model, url=config.url)
-      raise UserError(f'The {config.role} at {config.url} answers {reason.rstrip(".")}: {what}.')
+      text = f'The {config.role} at {config.url} answers {reason.rstrip(".")}: {what}.'
+      if status in _DENIED:
+        raise Denied(text, f'refused with {reason}', requests)
+      raise UserError(text)
     if status < 500 and status not in _PASSING:
-      raise Unanswered(f'refused with {reason}', requests)
+      raise Unanswered(f'refused with {reason}', requests, 'refused')
 
   def _quoted(self, data: bytes) -> str:
     """What a server says of an error, in short, on one line, without the key."""
-    said = _error(data).get('message') or data.decode('utf-8', 'replace')
-    said = ' '.join(str(said).split())
-    if self._key:
-      said = said.replace(self._key, '***')
-    said = ''.join(c if c.isprintable() else '?' for c in said)
-    return said[:_QUOTED] or 'no explanation'
+    said = str(_error(data).get('message') or data.decode('utf-8', 'replace'))
+    return quoted(said.replace(self._key, '***') if self._key else said) or 'no explanation'
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
@@ -205,12 +231,8 @@ def _error(data: bytes) -> dict[str, Any]:
   return {'message': inner}
 
 
-def _reply(data: bytes, seconds: float, requests: int) -> Reply:
-  """Reads a chat completion.
-
-  Raises:
-    Lost: if it is none.
-  """
+def _reply(data: bytes, requests: int) -> Reply | None:
+  """Reads a chat completion; None for anything else."""
   value = _object(data)
   try:
     choice = value['choices'][0]
@@ -221,9 +243,9 @@ def _reply(data: bytes, seconds: float, requests: int) -> Reply:
     text = '' if text is None else text
     cut = choice.get('finish_reason') == 'length'
     if not isinstance(text, str):
-      raise TypeError
-  except (KeyError, IndexError, TypeError, AttributeError) as error:
-    raise Lost('what came back is no chat completion') from error
+      return None
+  except (KeyError, IndexError, TypeError, AttributeError):
+    return None
   usage = value.get('usage')
   usage = usage if isinstance(usage, dict) else {}
 
@@ -232,4 +254,4 @@ def _reply(data: bytes, seconds: float, requests: int) -> Reply:
     return count if type(count) is int and 0 <= count < 2**53 else None
 
   counts = tokens('prompt_tokens'), tokens('completion_tokens')
-  return Reply(text, cut, *counts, seconds, requests)
+  return Reply(text, cut, *counts, requests)

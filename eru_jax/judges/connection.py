@@ -17,7 +17,15 @@ LARGEST = 8 << 20
 
 
 class Lost(Exception):
-  """A request that was not answered, or not as it should have been; the message says how."""
+  """A request that was not answered, or not as it should have been; the message says how.
+
+  Attributes:
+    connected: whether somebody was there to take it.
+  """
+
+  def __init__(self, reason: str, connected: bool):
+    self.connected = connected
+    super().__init__(reason)
 
 
 class Halt:
@@ -89,9 +97,10 @@ def post(
     Lost: if there is none.
   """
   connection, target, more = _open(url, timeout)
-  expired = threading.Event()
+  expired, connected = threading.Event(), False
   try:
     connection.connect()
+    connected = True
     with halt.over(connection.sock, timeout) as expired:
       sent = {'User-Agent': f'eru_jax/{__version__}', **more, **headers}
       connection.request('POST', target, body, sent)
@@ -99,15 +108,15 @@ def post(
       data = response.read(LARGEST + 1)
   except (OSError, http.client.HTTPException, ValueError) as error:
     if expired.is_set() or isinstance(error, TimeoutError):
-      raise Lost(f'no answer within {timeout:g} s') from error
+      raise Lost(f'no answer within {timeout:g} s', connected) from error
     name = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    raise Lost(f'the connection failed ({name})') from error
+    raise Lost(f'the connection failed ({name})', connected) from error
   finally:
     connection.close()
   if expired.is_set():
-    raise Lost(f'no answer within {timeout:g} s')
+    raise Lost(f'no answer within {timeout:g} s', connected)
   if len(data) > LARGEST:
-    raise Lost(f'the answer has more than {LARGEST >> 20} MiB')
+    raise Lost(f'the answer has more than {LARGEST >> 20} MiB', connected)
   return response.status, response.headers, data
 
 
@@ -129,7 +138,7 @@ def _open(url: str, timeout: float) -> tuple[http.client.HTTPConnection, str, Ma
   except ValueError:
     host = None
   if not host or found.scheme != 'http':
-    raise Lost(f'{parts.scheme}_proxy in the environment is no http:// address')
+    raise Lost(f'{parts.scheme}_proxy in the environment is no http:// address', False)
   rights = {}
   if found.username is not None:
     pair = f'{urllib.parse.unquote(found.username)}:{urllib.parse.unquote(found.password or "")}'

@@ -30,9 +30,12 @@ class ChatFlags:
       UserError: if they do not go together, or a value is wrong.
     """
     if not self.value():
-      given = [option for option in ('model', 'prompt', 'price') if self.value(option)]
+      given = [option for option, holder in self._holders.items() if option and holder.present]
       if given:
-        raise UserError(f'--{self.name}_{given[0]} is given, but no --{self.name}=URL.')
+        raise UserError(
+          f'--{self.name}_{given[0]} is given, but no --{self.name}=URL: give that too, or leave '
+          'it out.'
+        )
       return None
     if not self.value('model'):
       raise UserError(f'--{self.name} is given, but no --{self.name}_model=NAME.')

@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
@@ -59,6 +59,11 @@ class Journal:
   def get(self, key: Key) -> Mapping[str, Any] | None:
     with self._lock:
       return self._rows.get(key)
+
+  def holds(self, wanted: Callable[[Mapping[str, Any]], bool]) -> bool:
+    """Whether there is a row of some kind."""
+    with self._lock:
+      return any(map(wanted, self._rows.values()))
 
   def add(self, row: Mapping[str, Any]) -> None:
     """Writes a row; it is there when this returns, whatever happens to the process.

@@ -22,10 +22,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from eru_jax.errors import UserError
-from eru_jax.judges.replies import integers
+from eru_jax.judges.replies import integers, quoted, words
 
 _PLACEHOLDER = re.compile(r'\{(\w+)\}')
 _LARGEST = 1 << 16  # characters of instructions
+_LONGEST_REASON = 300  # characters of a judge's words that are kept for people
 
 _WISE = """\
 You judge how well a picture answers a prompt. The prompt asks for something through knowledge, \
@@ -123,6 +124,10 @@ class Protocol:
       BadReply: if they are not all there, whole and in range.
     """
     return integers(reply, self.marks, self.also)
+
+  def words(self, reply: str) -> str:
+    """The reason that a readable reply gives, or what it sees: a line for people, '' for none."""
+    return quoted(words(reply), _LONGEST_REASON)
 
   def identity(self) -> dict[str, Any]:
     """What verdicts depend on."""

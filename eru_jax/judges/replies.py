@@ -1,7 +1,8 @@
-"""Reads what a model was asked to answer with; whatever is not exactly that is a bad reply.
+"""Reads what a model was asked to answer with; whatever could mean two things is a bad reply.
 
-Two forms count: one JSON object, alone or in one fenced block; and lines `name: number`, which some
-published instructions ask for. A model's thoughts in front, <think>...</think>, are left out.
+Two forms count: one JSON object, alone or in the one fenced block of a text; and lines
+`name: number`, which some published instructions ask for. A number may be `2`, `"2"` or, where 2 is
+the largest, `2/2`. A model's thoughts in front, up to the last </think>, are left out.
 """
 
 import json
@@ -12,7 +13,10 @@ from typing import Any
 _OPEN, _CLOSE, _FENCE = '<think>', '</think>', '```'
 # Characters of a line, which keeps the expression below quick.
 _LONGEST_LINE = 200
-_LINE = re.compile(r'[*_\s>-]*([A-Za-z][A-Za-z _-]*?)[*_\s]*[:=][*_\s]*(-?\d{1,9})[*_\s.]*')
+_NUMBER = r'(-?[0-9]{1,9}(?:\s*/\s*[0-9]{1,9})?)'
+_LINE = re.compile(rf'[*_\s>-]*([A-Za-z][A-Za-z _-]*?)[*_\s]*[:=][*_\s]*{_NUMBER}[*_\s.]*')
+# What models call the words that they say beside their marks.
+_WORDS = ('reason', 'reasoning', 'explanation', 'description')
 
 
 class BadReply(ValueError):
@@ -22,25 +26,37 @@ class BadReply(ValueError):
 def without_thoughts(text: str) -> str:
   """What a reasoning model says after it has thought.
 
+  They need not begin with <think>, which some chat templates put at the end of the prompt.
+
   Raises:
     BadReply: if it never stopped thinking.
   """
-  text = text.strip()
-  if not text.startswith(_OPEN):
-    return text
-  _, ended, text = text.partition(_CLOSE)
-  if not ended:
+  _, ended, said = text.rpartition(_CLOSE)
+  if not ended and said.lstrip().startswith(_OPEN):
     raise BadReply('it ends within the model’s thoughts')
-  return text.strip()
+  return said.strip()
+
+
+def quoted(text: str, length: int = 200) -> str:
+  """Untrusted words for people, on one line: cut, and without what no terminal should see."""
+  # What is cut off is not looked at.
+  words = ' '.join(text[: 4 * length].split())
+  words = ''.join(character if character.isprintable() else '?' for character in words)
+  return words if len(words) <= length else words[: length - 1] + '…'
 
 
 def json_object(text: str) -> dict[str, Any]:
-  """The JSON object that a reply is; names as `plain` has them.
+  """The JSON object that a reply is, or holds in its one fenced block; names as `plain` has them.
 
   Raises:
     BadReply: if it is none, or has a name twice.
   """
-  text = _unfenced(without_thoughts(text))
+  return _object(*_unfenced(without_thoughts(text)))
+
+
+def _object(text: str, around: str) -> dict[str, Any]:
+  if '{' in around:
+    raise BadReply('there is more than text around the fenced block')
   try:
     value = json.loads(text, object_pairs_hook=_unique)
   except BadReply:
@@ -52,18 +68,17 @@ def json_object(text: str) -> dict[str, Any]:
   return value
 
 
-def _unfenced(text: str) -> str:
-  """What a fenced block holds, if the text is one."""
+def _unfenced(text: str) -> tuple[str, str]:
+  """What a fenced block holds and what is around it; without a block, the text and nothing."""
   before, *blocks = text.split(_FENCE)
   if not blocks:
-    return text
+    return text, ''
   if len(blocks) != 2:
     raise BadReply('there are several fenced blocks, or half of one')
-  if before.strip() or blocks[1].strip():
-    raise BadReply('there is text around the fenced block')
   # Its first line may name the language.
   first, _, rest = blocks[0].partition('\n')
-  return rest if not first.strip() or first.strip().isalpha() else blocks[0]
+  inside = rest if not first.strip() or first.strip().isalpha() else blocks[0]
+  return inside, f'{before}\n{blocks[1]}'
 
 
 def plain(name: str) -> str:
@@ -80,7 +95,7 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def _lines(text: str) -> dict[str, int] | None:
+def _lines(text: str) -> dict[str, str] | None:
   """A reply that is lines `name: number` and nothing else; None for any other."""
   lines = [line for line in text.splitlines() if line.strip()]
   if max(map(len, lines), default=0) > _LONGEST_LINE:
@@ -90,8 +105,18 @@ def _lines(text: str) -> dict[str, int] | None:
     match = _LINE.fullmatch(line)
     if match is None:
       return None
-    found.append((match[1], int(match[2])))
+    found.append((match[1], match[2]))
   return _unique(found) if found else None
+
+
+def words(text: str) -> str:
+  """What a reply that can be read says beside its numbers, such as a reason; '' for nothing."""
+  try:
+    found = json_object(text)
+  except BadReply:  # lines
+    return ''
+  said = [found.get(name) for name in _WORDS]
+  return next((one for one in said if isinstance(one, str) and one.strip()), '')
 
 
 def integers(
@@ -107,19 +132,44 @@ def integers(
   Raises:
     BadReply: if one is missing, there twice, no whole number, or out of range.
   """
-  found = _lines(without_thoughts(text))
+  text, around = without_thoughts(text), ''
+  found: Mapping[str, Any] | None = _lines(text)
   if found is None:
-    found = json_object(text)
+    text, around = _unfenced(text)
+    found = _object(text, around)
   values = {}
   for name, (low, high) in wanted.items():
-    present = [key for key in (name, *also.get(name, ())) if key in found]
+    names = (name, *also.get(name, ()))
+    present = [key for key in names if key in found]
     if len(present) != 1:
       raise BadReply(f'{name!r} is {"there twice" if present else "missing"}')
-    value = found[present[0]]
-    # bool is an int, and 1.0 or "1" may be a sign of other confusion.
-    if type(value) is not int:
-      raise BadReply(f'{name!r} is no whole number')
+    value = _whole(name, found[present[0]], high)
     if not low <= value <= high:
       raise BadReply(f'{name!r} is not from {low} to {high}')
+    if any(other != value for other in _told(names, around)):
+      raise BadReply(f'{name!r} is another around the fenced block')
     values[name] = value
   return values
+
+
+def _whole(name: str, value: Any, high: int) -> int:
+  """A number from 2, '2' or, where 2 is the largest, '2/2'."""
+  short = isinstance(value, str) and len(value) <= _LONGEST_LINE
+  match = re.fullmatch(rf'\s*{_NUMBER}\s*', value) if short else None
+  if match is not None:
+    number, _, largest = match[1].partition('/')
+    if largest and int(largest) != high:
+      raise BadReply(f'{name!r} is out of {int(largest)}, not out of {high}')
+    return int(number)
+  # bool is an int, and 1.0 may be a sign of other confusion.
+  if type(value) is not int:
+    raise BadReply(f'{name!r} is no whole number')
+  return value
+
+
+def _told(names: Sequence[str], prose: str) -> list[int]:
+  """The numbers that a text gives for one of some names, as in `Realism: 1` or `realism is 1`."""
+  either = '|'.join(re.escape(name).replace('_', r'[\s_-]') for name in names)
+  between = r'[\W_]{0,6}(?:(?:is|of|score|mark)\b)?[\W_]{0,6}'
+  found = re.finditer(rf'\b(?:{either}){between}([0-9]{{1,9}})', prose, re.IGNORECASE)
+  return [int(match[1]) for match in found]

@@ -42,8 +42,9 @@ class Rewrite:
     text: as it is to be drawn; None if the model did not answer.
     reason: why it did not; '' otherwise.
     cached: whether it had been rewritten before.
-    seconds: that the model took, then or now.
-    prompt_tokens, completion_tokens: likewise.
+    seconds: that it took, then or now, with repeated requests and the waits between them.
+    prompt_tokens, completion_tokens: of all replies to it, then and now.
+    metered: whether the server counted all of these.
   """
 
   prompt: str
@@ -53,6 +54,7 @@ class Rewrite:
   seconds: float
   prompt_tokens: int
   completion_tokens: int
+  metered: bool = True
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -108,11 +110,11 @@ def rewrite_prompts(
     answer.id: Rewrite(
       answer.id,
       answer.value,
-      answer.reason,
+      answer.told(),
       answer.cached,
       answer.seconds,
-      answer.prompt_tokens,
-      answer.completion_tokens,
+      *answer.tokens,
+      answer.metered,
     )
     for answer in answers
   }

@@ -14,6 +14,8 @@ from eru_jax.errors import UserError
 SHARED_KEY = 'OPENAI_API_KEY'
 DETAILS = ('auto', 'low', 'high')
 PATH = '/chat/completions'
+# Names of the longest reply among the fields of a request.
+_LIMITS = ('max_tokens', 'max_completion_tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +90,14 @@ class ChatConfig:
     return fields
 
   def identity(self) -> dict[str, Any]:
-    """What answers depend on."""
-    names = ('url', 'model', 'temperature', 'max_tokens', 'detail')
-    return {name: getattr(self, name) for name in names} | {'extra': self.extra_fields()}
+    """What answers depend on: not where the model runs, how long one waits, or when it is cut off.
+
+    A reply that is cut off is no answer, so another limit changes none.
+    """
+    extra = {name: value for name, value in self.extra_fields().items() if name not in _LIMITS}
+    return {name: getattr(self, name) for name in ('model', 'temperature', 'detail')} | {
+      'extra': extra
+    }
 
 
 def key_name(role: str) -> str:

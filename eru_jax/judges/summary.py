@@ -7,6 +7,38 @@ from typing import Any
 
 from eru_jax.errors import UserError
 
+# Reasons that people are told, the most common ones.
+_REASONS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+  """What was paid for a question.
+
+  Attributes:
+    requests: that were sent.
+    prompt_tokens, completion_tokens: of all replies.
+    metered: whether the server counted all tokens.
+  """
+
+  requests: int = 0
+  prompt_tokens: int = 0
+  completion_tokens: int = 0
+  metered: bool = True
+
+  @property
+  def tokens(self) -> tuple[int, int]:
+    return self.prompt_tokens, self.completion_tokens
+
+  def plus(self, requests: int, read: int | None = 0, written: int | None = 0) -> 'Spent':
+    """With more requests and tokens; None for what was not counted."""
+    return Spent(
+      self.requests + requests,
+      self.prompt_tokens + (read or 0),
+      self.completion_tokens + (written or 0),
+      self.metered and None not in (read, written),
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -16,22 +48,35 @@ class Answer:
     id: of the question.
     value: what was read from the reply; None if it is unanswered.
     reason: why it is unanswered; '' otherwise.
+    said: the beginning of the last bad reply, for people; mostly ''.
     cached: whether it had been answered before.
-    requests: how many were sent this time.
-    prompt_tokens, completion_tokens: of all replies to it, those that were known before included.
-    seconds: from the request that was answered to its answer.
-    metered: whether the server counted all tokens.
+    spent: on it this time.
+    before: tokens spent on it at other times, also while it stayed unanswered.
+    seconds: from its first request of the time it was answered to the answer, waits included.
   """
 
   id: str
   value: Any
   reason: str = ''
+  said: str = ''
   cached: bool = False
-  requests: int = 0
-  prompt_tokens: int = 0
-  completion_tokens: int = 0
+  spent: Spent = Spent()
+  before: Spent = Spent()
   seconds: float = 0.0
-  metered: bool = True
+
+  def told(self) -> str:
+    """Why it is unanswered, with what was said."""
+    return f'{self.reason} (it says: {self.said})' if self.said else self.reason
+
+  @property
+  def metered(self) -> bool:
+    return self.spent.metered and self.before.metered
+
+  @property
+  def tokens(self) -> tuple[int, int]:
+    """Of all replies to it, read and written."""
+    now, then = self.spent, self.before
+    return now.prompt_tokens + then.prompt_tokens, now.completion_tokens + then.completion_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +90,10 @@ class Summary:
     requests: that were sent.
     retries: those of them that repeated another one.
     prompt_tokens, completion_tokens: of this time's requests.
-    cached_prompt_tokens, cached_completion_tokens: of what had been answered before.
+    cached_prompt_tokens, cached_completion_tokens: spent on these questions before.
     seconds: it took.
     cost: of this time's requests; None without prices, or if not all tokens were counted.
-    cached_cost: of what had been answered before.
+    cached_cost: of what was spent on these questions before.
   """
 
   answered: int
@@ -80,8 +125,12 @@ class Summary:
       text += f', cost {self.cost:.4g}'
     if self.cost is not None and self.cached_cost:
       text += f' and {self.cached_cost:.4g} before'
-    for reason, count in sorted(self.reasons.items(), key=lambda item: -item[1]):
+    # A server may word each of its refusals anew.
+    common = collections.Counter(self.reasons).most_common(_REASONS)
+    for reason, count in common:
       text += f'\n  {count} not {verb}: {reason}'
+    if len(common) < len(self.reasons):
+      text += f'\n  {self.unanswered - sum(dict(common).values())} not {verb} for other reasons'
     return text
 
 
@@ -119,27 +168,25 @@ def summarise(
   answers: Sequence[Answer], seconds: float, price: tuple[float, float] | None = None
 ) -> Summary:
   """Counts what became of questions."""
-  old = [answer for answer in answers if answer.cached]
-  new = [answer for answer in answers if not answer.cached]
 
-  def tokens(group: Sequence[Answer]) -> tuple[int, int]:
-    return sum(a.prompt_tokens for a in group), sum(a.completion_tokens for a in group)
+  def tokens(parts: Sequence[Spent]) -> tuple[int, int]:
+    return sum(one.prompt_tokens for one in parts), sum(one.completion_tokens for one in parts)
 
-  def cost(group: Sequence[Answer]) -> float | None:
-    if price is None or not all(answer.metered for answer in group):
+  def cost(parts: Sequence[Spent]) -> float | None:
+    if price is None or not all(one.metered for one in parts):
       return None
-    return sum(n * each for n, each in zip(tokens(group), price, strict=True)) / 1e6
+    return sum(n * each for n, each in zip(tokens(parts), price, strict=True)) / 1e6
 
+  new, old = [answer.spent for answer in answers], [answer.before for answer in answers]
   lost = [answer for answer in answers if answer.value is None]
-  requests = sum(answer.requests for answer in new)
-  asked = sum(answer.requests > 0 for answer in new)
+  requests = sum(one.requests for one in new)
   return Summary(
     len(answers) - len(lost),
     len(lost),
     dict(collections.Counter(answer.reason for answer in lost)),
-    len(old),
+    sum(answer.cached for answer in answers),
     requests,
-    requests - asked,
+    requests - sum(one.requests > 0 for one in new),
     *tokens(new),
     *tokens(old),
     seconds,

@@ -39,6 +39,7 @@ class Verdict:
     marks: as the protocol has them; None if the picture is unscored, which is not a score of zero.
     score: from 0 to 1, or None.
     reason: why it is unscored; '' otherwise.
+    words: what the judge says beside the marks, for people; often ''.
     cached: whether it had been judged before.
   """
 
@@ -46,6 +47,7 @@ class Verdict:
   marks: Mapping[str, int] | None
   score: float | None
   reason: str = ''
+  words: str = ''
   cached: bool = False
 
   def to_json(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class Verdict:
 
 
 def judge_identity(client: ChatClient, protocol: Protocol) -> dict[str, Any]:
-  """What verdicts depend on: the model, where it is and how it is asked."""
+  """What verdicts depend on: the model's name and how it is asked, not where it runs."""
   return {**client.config.identity(), **protocol.identity()}
 
 
@@ -103,8 +105,8 @@ def judge_pictures(
     client: the judge.
     protocol: what it is asked.
     items: the pictures.
-    journal: where verdicts are looked up, and kept as they come, see `open_journal`. Unscored
-      pictures are not kept: they are asked about again the next time.
+    journal: where verdicts are looked up, and kept as they come, see `open_journal`. Of unscored
+      pictures only the cost is kept: they are asked about again the next time.
     price: of a million tokens, see `summary.parse_price`.
     told: is called with how many are done, and how many there are.
 
@@ -117,15 +119,14 @@ def judge_pictures(
   """
   questions = [Question(item.id, protocol.ask(item.values), item.picture) for item in items]
   who = judge_identity(client, protocol)
-  answers, summary = ask(client, questions, protocol.read, who, journal, price, told)
-  verdicts = [
-    Verdict(
-      answer.id,
-      answer.value,
-      None if answer.value is None else protocol.score(answer.value),
-      answer.reason,
-      answer.cached,
-    )
-    for answer in answers
-  ]
+
+  def read(reply: str) -> tuple[dict[str, int], str]:
+    return protocol.read(reply), protocol.words(reply)
+
+  answers, summary = ask(client, questions, read, who, journal, price, told)
+  verdicts = []
+  for answer in answers:
+    marks, words = answer.value or (None, '')
+    score = None if marks is None else protocol.score(marks)
+    verdicts.append(Verdict(answer.id, marks, score, answer.told(), words, answer.cached))
   return verdicts, summary

@@ -1,7 +1,7 @@
 """What a training stage asks of a reward, whatever it looks with."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,10 +35,11 @@ class HostReward:
   """A judge of pictures that does not run in compiled code, and may fail on some of them.
 
   Attributes:
-    score: (images, targets) -> scores (N,) float32, and (N,) float32 which is 1 where there is one
-      and 0 where not. Images are (N, H, W, 3) uint8 on all devices. Every process must call it.
+    score: (images, targets) -> scores (N,) float32, (N,) float32 which is 1 where there is one and
+      0 where not, and measurements of the iteration, name -> () float32. Images are (N, H, W, 3)
+      uint8 on all devices. Every process must call it.
     targets: as of Reward, numpy arrays (N, ...).
   """
 
-  score: Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]
+  score: Callable[[Any, Any], tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]]
   targets: Callable[[PairTable], PyTree]

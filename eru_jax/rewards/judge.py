@@ -125,7 +125,9 @@ class JudgeReward:
     """Rows (N,) int32 of a table's pairs among all of them."""
     return np.array([self._rows[pair] for pair in table.pairs], np.int32)
 
-  def score(self, images: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def score(
+    self, images: np.ndarray, targets: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Judges pictures; every process must call it.
 
     Args:
@@ -133,18 +135,20 @@ class JudgeReward:
       targets: (N,), rows of their pairs.
 
     Returns:
-      Scores (N,) float32 in [0, 1], 0 where there is none, and whether there is one, (N,) float32.
+      Scores (N,) float32 in [0, 1], 0 where there is none; whether there is one, (N,) float32; and
+      'judge_tokens', () float32: read and written for these pictures, whether now or before.
 
     Raises:
       UserError: if too many of the last pictures are unscored, or the judge answers nothing.
     """
     main = distributed.is_main()
     images, targets = distributed.to_host((images, targets), keep=main)
-    found = distributed.agreed(lambda: self._judged(images, targets))
+    found, tokens = distributed.agreed(lambda: self._judged(images, targets))
     known = np.array([score is not None for score in found], np.float32)
-    return np.array([score or 0.0 for score in found], np.float32), known
+    score = np.array([score or 0.0 for score in found], np.float32)
+    return score, known, {'judge_tokens': np.float32(tokens)}
 
-  def _judged(self, images: np.ndarray, targets: np.ndarray) -> list[float | None]:
+  def _judged(self, images: np.ndarray, targets: np.ndarray) -> tuple[list[float | None], int]:
     if self._journal is None:
       name = judge_name(self._client, self._protocol)
       self._journal = open_journal(cache_directory() / 'judge' / f'{name}.jsonl')
@@ -157,7 +161,9 @@ class JudgeReward:
     if summary.unanswered:
       logging.warning('The judge: %s', summary.describe('scored'))
     self._check_scored([verdict.score is None for verdict in found], summary.reasons)
-    return [verdict.score for verdict in found]
+    tokens = summary.prompt_tokens + summary.completion_tokens
+    tokens += summary.cached_prompt_tokens + summary.cached_completion_tokens
+    return [verdict.score for verdict in found], tokens
 
   def _check_scored(self, unscored: Sequence[bool], reasons: dict[str, int]) -> None:
     window, limit = max(_WINDOW, len(unscored)), self._config.max_unscored

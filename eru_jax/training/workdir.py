@@ -28,7 +28,10 @@ from eru_jax.weights.safetensors_io import read_safetensors, write_safetensors
 # What may differ between the runs of one workdir, because no score depends on it.
 _FREE = (
   'title', 'wandb_project', 'mesh', 'watch', 'evaluation.diagnosis',
-  *(f'no_rl.judge.{name}' for name in ('timeout', 'attempts', 'concurrency', 'max_unscored')),
+  *(
+    f'no_rl.judge.{name}'
+    for name in ('url', 'timeout', 'attempts', 'concurrency', 'max_tokens', 'max_unscored')
+  ),
 )  # fmt: skip
 # What a run has achieved. A workdir without any of it belongs to nobody yet.
 _RESULTS = ('checkpoints', 'evaluations', 'metrics.jsonl', 'summary.json', 'model')

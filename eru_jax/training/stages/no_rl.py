@@ -225,11 +225,12 @@ def build(experiment: Experiment, snapshot: Snapshot, config: NoRlStageConfig) -
 
   def rate(prepared, found):
     """Examples of the pictures with what the host has found of them."""
-    score, known = found
+    score, known, told = found
     ratings = variants.ratings(score, config, known, prepared.get('trust'))
     rated = unstacked(ratings, prepared['row'])
     mean = jnp.sum(score * known) / jnp.maximum(jnp.sum(known), 1)
-    return prepared['examples'] | rated, {'reward': mean, 'unscored': 1 - jnp.mean(known)}
+    unscored = 1 - jnp.mean(known)
+    return prepared['examples'] | rated, {'reward': mean, 'unscored': unscored, **told}
 
   def noised(examples, key):
     """Every picture at several noise levels."""
