@@ -102,6 +102,11 @@ def missing(directory: pathlib.Path, pictures: Sequence[Picture]) -> list[Pictur
   ]
 
 
+def drawn_with(directory: pathlib.Path) -> dict[str, Any]:
+  """What the pictures of a directory were drawn with, as of `settings_of`; {} without a record."""
+  return _read(directory).get('settings', {})
+
+
 def settings_of(
   experiment: Experiment, snapshot: Snapshot, seed: int, benchmark: str
 ) -> dict[str, Any]:

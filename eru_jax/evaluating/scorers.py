@@ -6,8 +6,6 @@ scored; nothing here makes a number of that.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ from eru_jax import sharding
 from eru_jax.benchmarks.base import Question
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
+from eru_jax.evaluating.drawing import source_stamp
 
 # The scorer that looks for pictures it knows, those of a world.
 KNOWN_PICTURES = 'emoji'
@@ -156,6 +155,6 @@ def _clip(name: str, model: str, mesh: str | None) -> Scorer:
       found = np.asarray(program()(*on_mesh((images[rows], text), devices)))
     return [{name: float(value)} for value in found[: len(images)]]
 
-  stamp = [(path.name, path.stat().st_size) for path in sorted(pathlib.Path(root).iterdir())]
-  identity = f'{name}/1/{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]}'
+  # By contents: fine-tuned models have the names and sizes of their base.
+  identity = f'{name}/2/{source_stamp(str(root))}'
   return Scorer(name, identity, score)
