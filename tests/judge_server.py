@@ -131,6 +131,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         owner.busy -= 1
 
 
+class _Listener(http.server.ThreadingHTTPServer):
+  # The usual five would drop connections of a client that opens many at once.
+  request_queue_size = 128
+
+
 class JudgeServer:
   """Acts on requests one after the other as `script` says, and then as `usual`.
 
@@ -147,7 +152,7 @@ class JudgeServer:
     self.start()
 
   def start(self):
-    self._server = http.server.ThreadingHTTPServer(('127.0.0.1', self._port), _Handler)
+    self._server = _Listener(('127.0.0.1', self._port), _Handler)
     self._server.daemon_threads, self._server.owner = True, self
     self._port = self._server.server_port
     threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()

@@ -1,5 +1,6 @@
 """Benchmarks as data: readers of their files, and the filter for training sets."""
 
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from eru_jax.benchmarks.conversion import convert
 from eru_jax.benchmarks.files import read_rows
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
+from eru_jax.evaluating.questions import read_questions
+from eru_jax.evaluating.request import EvaluationRequest
 
 
 def refusal(function, *arguments):
@@ -351,16 +354,94 @@ def test_fewer_questions_are_spread_over_categories():
   for limit in (1, 2, 3, 7, 30, 59):
     some = fewer(questions, limit)
     assert len(some) == limit and some == sorted(some, key=questions.index)
-  counts = [sum(q.category == name for q in fewer(questions, 15)) for name in sizes]
-  assert counts == [10, 4, 1]
-  assert {q.category for q in fewer(questions, 3)} == set(sizes)
-  assert [q.id for q in fewer(questions, 15)][:4] == [
-    'culture0',
-    'culture4',
-    'culture9',
-    'culture13',
-  ]
+  # In proportion, but that every category has two before one has three.
+  for limit, counts in ((15, [9, 4, 2]), (30, [20, 8, 2]), (6, [2, 2, 2]), (3, [1, 1, 1])):
+    asked = [q.category for q in fewer(questions, limit)]
+    assert [asked.count(name) for name in sizes] == counts
   assert fewer(questions, 60) == fewer(questions, None) == fewer(questions, 1000) == questions
+
+
+def test_a_larger_limit_has_the_questions_of_a_smaller_one():
+  kinds = ('gravity', 'melting', 'rust', 'ripeness')
+  questions = [
+    Question(str(i), 'ab'[i % 5 > 2], {'implicit': 'x'}, kinds[i // 250], 'SC'[i % 3 > 1])
+    for i in range(1000)
+  ]
+  before = set()
+  for limit in (*range(1, 60), 120, 600, 999, 1000):
+    some = {question.id for question in fewer(questions, limit)}
+    assert len(some) == limit and before <= some
+    before = some
+  # Of one category, too, whose kinds are asked in proportion, and not in the order of its file.
+  alike = [dataclasses.replace(q, category='a', split='') for q in questions]
+  ten, twenty = fewer(alike, 10), fewer(alike, 20)
+  assert {q.id for q in ten} <= {q.id for q in twenty}
+  assert [sum(q.subcategory == kind for q in twenty) for kind in kinds] == [5] * 4
+  assert len({int(q.id) % 10 for q in twenty}) > 5
+  # Of splits that are never added up there are as many, whatever their sizes.
+  for alike_too, counts in ((False, [40, 20]), (True, [30, 30])):
+    some = fewer([dataclasses.replace(q, category='') for q in questions], 60, alike_too)
+    assert [sum(q.split == split for q in some) for split in 'SC'] == counts
+  # What is asked does not change with the order or the texts of the file.
+  mixed = [dataclasses.replace(q, prompts={'implicit': 'y'}) for q in reversed(alike)]
+  assert {q.id for q in fewer(mixed, 20)} == {q.id for q in twenty}
+
+
+# The emoji world
+
+
+@pytest.fixture(scope='module')
+def small_run(emoji_cache, tmp_path_factory):
+  """The workdir of a run that has learnt two wordings of seven facts; only its config."""
+  del emoji_cache
+  directory = tmp_path_factory.mktemp('run')
+  config = {
+    'stages': ['dk_dm'], 'model': {'source': 'emoji_base'},
+    'data': {'max_facts': 7, 'wordings_per_fact': 2},
+  }  # fmt: skip
+  (directory / 'config.json').write_text(json.dumps(config))
+  return directory
+
+
+def ask(model, **options):
+  return read_questions(EvaluationRequest((str(model),), 'out', **options), base.benchmark('emoji'))
+
+
+def test_a_run_is_asked_what_it_was_given_to_learn(small_run):
+  whole, told = ask('emoji_base')
+  assert told == 'everything that the package knows'
+  mine, told = ask(small_run)
+  assert told == f'what --model={small_run} was given to learn'
+  by_split = {
+    name: [[q for q in found if q.split == name] for found in (mine, whole)]
+    for name in ('wording', 'fact', 'train')
+  }
+  assert sum(len(ours) for ours, _ in by_split.values()) == len(mine)
+  train, every = by_split['train']
+  assert len(train) == 7 * 2 < len(every)
+  facts = {question.prompts['explicit'] for question in train}
+  assert len(facts) == 7
+  # Unseen wordings are of the same facts, unseen facts are all there are.
+  wording, every = by_split['wording']
+  assert wording == [q for q in every if q.prompts['explicit'] in facts]
+  assert by_split['fact'][0] == by_split['fact'][1]
+  assert len({question.id for question in mine}) == len(mine)
+  assert [question.split for question in mine][0] == 'wording'
+
+
+def test_a_prompt_file_goes_before_a_run(small_run, tmp_path):
+  path = tmp_path / 'mine.jsonl'
+  lines = [{'implicit': 'what purrs', 'explicit': 'cat'}, {'implicit': 'b', 'explicit': 'dog'}]
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  found, told = ask(small_run, data=str(path))
+  assert [(q.implicit, q.split, q.category) for q in found] == [
+    ('what purrs', '', 'all'), ('b', '', 'all')
+  ]  # fmt: skip
+  assert told == str(path)
+  lines = [{**lines[0], 'split': 'wording', 'category': 'pets'}, lines[1]]
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  found, _ = ask(small_run, data=str(path))
+  assert [(q.split, q.category) for q in found] == [('wording', 'pets'), ('train', 'all')]
 
 
 # Contamination

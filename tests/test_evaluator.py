@@ -5,6 +5,7 @@ Models are stood in for: what a picture shows is made of its prompt, its noise a
 
 import csv
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from benchmark_files import science_row, training_row, wise_row, write_lines, write_wise
 from PIL import Image
 
+import eru_jax
 from eru_jax.benchmarks.base import Question
 from eru_jax.benchmarks.conversion import convert
 from eru_jax.data.pairs import read_prompt_file
@@ -170,6 +172,100 @@ def test_a_benchmark_from_files_to_tables(studio, tmp_path, capsys):
   assert (out / 'gallery.html').is_file()
 
 
+def test_evaluation_json_tells_how_to_do_it_again(studio, tmp_path, monkeypatch):
+  data, out = write_wise(tmp_path / 'WISE'), tmp_path / 'out'
+  (tmp_path / 'run').mkdir()
+  monkeypatch.chdir(tmp_path)
+  began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+  settings = run('WISE', out, wise_judge(), models=('run', 'b'), limit=7, steps=5, seed=3)[
+    'settings'
+  ]
+  ended = datetime.datetime.fromisoformat(settings.pop('date'))
+  assert began <= ended <= datetime.datetime.now(datetime.UTC)
+  drawn = settings.pop('drawn')
+  assert settings == {
+    'models': [str(tmp_path / 'run'), 'b'], 'stages': [], 'benchmark': 'wise', 'data': str(data),
+    'questions': 'WISE', 'limit': 7, 'conditions': ['implicit', 'explicit'],
+    'images_per_prompt': 1, 'seed': 3,
+    'scorer': {'name': 'wise', 'model': None, 'identity': 'wise/test'},
+    'eru_jax': eru_jax.__version__,
+  }  # fmt: skip
+  assert list(drawn) == [f'{model} {stage}' for model in ('run', 'b') for stage in studio.stages]
+  for stage, told in drawn.items():
+    record = out / 'pictures' / drawing.file_name(stage) / 'drawn.json'
+    assert told == json.loads(record.read_text())['settings']
+    assert told['sampling']['num_steps'] == 5 and (told['height'], told['width']) == (16, 16)
+    assert {'guidance', 'cfg_scale'} <= told['sampling'].keys() and told['dtype'] == 'float32'
+  assert len({told['base'] for told in drawn.values()}) == 2
+
+
+def emoji_questions():
+  """Of split 'wording' two, of 'train' eight: enough for the latter to decide any common mean."""
+  return [
+    Question(f'{split}{i}', 'food', {'implicit': f'{split} {i}'}, split=split)
+    for split, count in (('wording', 2), ('train', 8))
+    for i in range(count)
+  ]
+
+
+def test_the_headline_of_emoji_is_of_unseen_wordings(studio, tmp_path, capsys):
+  def score(images, questions):
+    return [
+      {'right': float(q.split == 'train' or i[0, 0, 2] == 2)}
+      for i, q in zip(images, questions, strict=True)
+    ]
+
+  request = EvaluationRequest(('m',), str(tmp_path / 'out'))
+  scorer = Scorer('emoji', 'test', score)
+  result = evaluate(request, scorer, emoji_questions())
+  assert result['headline'] == 'wording'
+  told = [result['stages'][stage]['implicit'] for stage in studio.stages]
+  assert [(one['score'], one['n']) for one in told] == [(0, 2), (0, 2), (1, 2)]
+  assert [(one['difference'], one['n']) for one in result['comparisons']] == [(0, 2), (1, 2)]
+  assert result['splits']['wording'] == result['stages']
+  assert result['splits']['train']['base']['implicit']['score'] == 1
+  rows = list(csv.DictReader((tmp_path / 'out' / 'summary.csv').open()))
+  assert {row['split'] for row in rows} == {'wording', 'train'}
+  printed = capsys.readouterr().out
+  assert "Overall scores and differences are of 'wording'" in printed
+  assert 'base, wording, implicit: 0.0 %' in printed and 'base, train, implicit: 100.0 %' in printed
+  page = (tmp_path / 'out' / 'gallery.html').read_text()
+  assert 'Base, implicit prompts, set wording</h3><div class="big">0.0 %' in page
+  # Without such questions all are asked together, as those of a file without splits.
+  request = EvaluationRequest(('m',), str(tmp_path / 'train'))
+  result = evaluate(request, scorer, emoji_questions()[2:])
+  assert result['headline'] is None and result['stages']['base']['implicit']['n'] == 8
+
+
+def test_colours_of_the_gallery_go_by_the_exact_test(studio, tmp_path):
+  # Five prompts that are all won may be chance (2 of 32), six (2 of 64) are said to be none.
+  def page(count):
+    asked = [Question(str(i), 'food', {'implicit': f'p {i}'}) for i in range(count)]
+    judge = Judge('emoji', lambda stage: {'right': float(stage == 2)})
+    request = EvaluationRequest(('m',), str(tmp_path / str(count)), stages=('base', 'no_rl'))
+    result = evaluate(request, judge.scorer, asked)
+    (told,) = result['comparisons']
+    assert told['p'] == 2 / 2**count and told['ci95'] is None
+    return (tmp_path / str(count) / 'gallery.html').read_text()
+
+  assert '<span class="up" title="p = 0.031, 6 prompts">+100.0 %<small></small>' in page(6)
+  assert '<span class="" title="p = 0.062, 5 prompts">+100.0 %<small></small>' in page(5)
+
+
+def kept_ids(out):
+  return {path.name.partition('_')[0] for path in (out / 'pictures/base/implicit').iterdir()}
+
+
+def test_raising_the_limit_draws_the_rest_only(studio, tmp_path):
+  data, out = write_wise(tmp_path / 'WISE'), tmp_path / 'out'
+  run(data, out, wise_judge(), limit=4)
+  first, studio.drawn = set(studio.drawn), []
+  run(data, out, wise_judge(), limit=9)
+  # Two conditions and three stages.
+  assert len(first) == 4 * 6 and len(set(studio.drawn)) == 5 * 6
+  assert not first & set(studio.drawn)
+
+
 def test_noise_is_that_of_the_question_alone(studio, tmp_path):
   data = write_wise(tmp_path / 'WISE')
   run(data, tmp_path / 'all', wise_judge(), images_per_prompt=2)
@@ -179,15 +275,15 @@ def test_noise_is_that_of_the_question_alone(studio, tmp_path):
   def pixels(out, stage, condition, name):
     return np.asarray(Image.open(tmp_path / out / 'pictures' / stage / condition / name))[0, 0]
 
-  name = '568_1.png'
+  name, other = (f'{i}_1.png' for i in sorted(kept_ids(tmp_path / 'some'))[:2])
   first = pixels('all', 'base', 'implicit', name)
   # Every model and both forms of a prompt begin with the same noise, which is the green here.
   for stage in ('base', 'dk_dm', 'no_rl'):
     for condition in ('implicit', 'explicit'):
       assert pixels('all', stage, condition, name)[1] == first[1]
   assert (pixels('some', 'base', 'implicit', name) == first).all()
-  assert pixels('all', 'base', 'implicit', '568_0.png')[1] != first[1]
-  assert pixels('all', 'base', 'implicit', '567_1.png')[1] != first[1]
+  assert pixels('all', 'base', 'implicit', name.replace('_1', '_0'))[1] != first[1]
+  assert pixels('all', 'base', 'implicit', other)[1] != first[1]
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(studio, tmp_path):
@@ -214,7 +310,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(studio, tmp_path):
     {json.loads((tmp_path / 'out/pictures/base/drawn.json').read_text())['prompts'][
       f'{p.parent.name}/{p.name}'] for p in kept}
   }  # fmt: skip
-  assert result == json.loads((tmp_path / 'whole' / 'evaluation.json').read_text())
+  whole = json.loads((tmp_path / 'whole' / 'evaluation.json').read_text())
+  assert result['settings'].pop('date') >= whole['settings'].pop('date')
+  assert result == whole
   for path in (tmp_path / 'whole' / 'pictures').rglob('*.png'):
     other = tmp_path / 'out' / path.relative_to(tmp_path / 'whole')
     assert other.read_bytes() == path.read_bytes()
@@ -463,15 +561,15 @@ def test_clip_scores_are_those_of_the_reward_whatever_the_batch(tmp_path, monkey
     == scorer.identity
     != open_scorer('sci_score', 'tiny_clip', asked, 'here', None).identity
   )
-  # Another model of the same names and sizes is another scorer.
-  finer = tmp_path / 'finer'
-  shutil.copytree(model_path('tiny_clip'), finer)
-  assert open_scorer('clip_score', str(finer), asked, 'here', None).identity == scorer.identity
-  weights = next(finer.glob('*.safetensors'))
+  # Its weights tell a model, wherever it lies: another one may have files of the same sizes.
+  copy = tmp_path / 'copy'
+  shutil.copytree(model_path('tiny_clip'), copy)
+  assert open_scorer('clip_score', str(copy), asked, 'here', None).identity == scorer.identity
+  (weights,) = copy.glob('*.safetensors')
   data = bytearray(weights.read_bytes())
   data[-1] ^= 1
   weights.write_bytes(data)
-  assert open_scorer('clip_score', str(finer), asked, 'here', None).identity != scorer.identity
+  assert open_scorer('clip_score', str(copy), asked, 'here', None).identity != scorer.identity
 
 
 def test_pictures_of_several_sizes_are_scored_in_calls_of_their_own(studio, tmp_path):

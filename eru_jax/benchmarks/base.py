@@ -1,18 +1,23 @@
 """What a benchmark is: questions, the conditions they are asked under, and what scores count."""
 
+import collections
 import dataclasses
 import functools
+import hashlib
 import importlib
 import math
 import numbers
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from eru_jax.training.config import DataConfig
 
 # In the order in which they are told.
 CONDITIONS = ('implicit', 'explicit', 'superficial')
@@ -94,6 +99,10 @@ class Benchmark:
     training: --data -> knowledge pairs to train on, or None where all is for testing.
     edition: (split, questions that it has) -> which edition that is, or None where there is one.
     size: questions that it has, or None if that differs.
+    of_run: the configuration of a run's data -> the questions of what it knows, or None where there
+      are no others than those of `read`.
+    headline: the split that the overall score and all comparisons are of, where several splits are
+      asked and this is one of them; each has numbers of its own. '' takes all splits together.
     about: a sentence on what the numbers are, and what they are not.
   """
 
@@ -105,6 +114,8 @@ class Benchmark:
   training: Callable[[str], list[KnowledgePair]] | None = None
   edition: Callable[[str, int], str] | None = None
   size: int | None = None
+  of_run: Callable[['DataConfig'], list[Question]] | None = None
+  headline: str = ''
   about: str = ''
 
   def protocol(self, scorer: str) -> Protocol:
@@ -172,26 +183,49 @@ def benchmark(name: str) -> Benchmark:
   return registry()[name]
 
 
-def fewer(questions: Sequence[Question], limit: int | None) -> list[Question]:
-  """At most `limit` questions, evenly spread over each split and category, always the same."""
+def fewer(
+  questions: Sequence[Question], limit: int | None, splits_alike: bool = False
+) -> list[Question]:
+  """At most `limit` questions, evenly spread over each split and category, always the same.
+
+  A larger limit has all those of a smaller one, so raising it draws nothing again. Which of a
+  category or kind come first goes by a hash of their ids, which has nothing to do with what they
+  ask. Every category is given two before any is given three: of one prompt no spread can be told.
+
+  Args:
+    questions: with different ids.
+    limit: how many; None takes all.
+    splits_alike: as many of each split, where these are never added up, not in proportion.
+  """
   if limit is None or limit >= len(questions):
     return list(questions)
-  groups: dict[tuple[str, str], list[int]] = {}
-  for row, question in enumerate(questions):
-    groups.setdefault((question.split, question.category), []).append(row)
-  counts = dict.fromkeys(groups, 0)
-  for _ in range(limit):
-    # Sainte-Lague's rule, but every group is given one before any is given two.
-    open_groups = [key for key, rows in groups.items() if counts[key] < len(rows)]
-    chosen = max(
-      open_groups, key=lambda key: (not counts[key], len(groups[key]) / (2 * counts[key] + 1))
-    )
-    counts[chosen] += 1
-  kept = []
-  for key, rows in groups.items():
-    evenly = np.linspace(0, len(rows) - 1, counts[key]).round().astype(int)
-    kept += [rows[index] for index in evenly]
-  return [questions[row] for row in sorted(kept)]
+  hashed = sorted(range(len(questions)), key=lambda row: _hash(questions[row].id))
+  of_kind = _turns(hashed, [(q.split, q.category, q.subcategory) for q in questions])
+  order = sorted(hashed, key=lambda row: of_kind[row][1])
+  turns = _turns(order, [(q.split, q.category) for q in questions])
+  sizes = collections.Counter(question.split if splits_alike else '' for question in questions)
+  sooner = [sizes[question.split if splits_alike else ''] for question in questions]
+  chosen = sorted(order, key=lambda row: (min(turns[row][0], 2), turns[row][1] * sooner[row]))
+  return [questions[row] for row in sorted(chosen[:limit])]
+
+
+def _turns(order: Sequence[int], groups: Sequence[Hashable]) -> dict[int, tuple[int, float]]:
+  """Row -> which of its group it is, and when its turn is if all are served by size.
+
+  Turns are those of Sainte-Lague's rule: first come, first served, is proportional at any time.
+  """
+  sizes = collections.Counter(groups)
+  seen: collections.Counter[Hashable] = collections.Counter()
+  turns = {}
+  for row in order:
+    number = seen[groups[row]]
+    turns[row] = number, (number + 0.5) / sizes[groups[row]]
+    seen[groups[row]] += 1
+  return turns
+
+
+def _hash(text: str) -> bytes:
+  return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).digest()
 
 
 def _is_number(value: Any) -> bool:

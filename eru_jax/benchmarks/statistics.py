@@ -1,19 +1,30 @@
-"""Confidence intervals by resampling prompts, and differences between models by resampling pairs.
+"""Intervals of means over prompts, and whether two models differ; sound for few prompts, too.
 
-What a benchmark measures is a mean over prompts, of which it has a sample: so prompts are drawn
-with replacement (Efron's bootstrap, percentile intervals), with all pictures that they have. Where
-categories have weights of their own, prompts are drawn within their category, as a category's size
-is no accident. Two models answer the same prompts: their difference is resampled with both scores
-of a prompt drawn together, and so is every ratio of several means.
+What a benchmark measures is a mean over prompts, of which it has a sample. Where categories have
+weights of their own, the mean is the weighted sum of the categories', and a category's size is no
+accident: its variance is the weighted sum of those within categories (a stratified sample). With
+several pictures, a prompt counts once: its pictures are a cluster (Taylor linearisation of the
+ratio of sums). The quantiles are Student's t with Satterthwaite's degrees of freedom, which a
+bootstrap's percentiles are not: of two prompts of a category they see almost no spread.
+
+Two models answer the same prompts: their difference, and every ratio of several means, is taken
+over the prompts that have all its parts. Whether there is a difference is asked by randomisation
+(Fisher's paired test): as if chance had decided, prompt by prompt, which model is which.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-RESAMPLES = 2000
 _LEVEL = 0.95
+# All exchanges are counted if no more than so many prompts differ, else so many random ones.
+_EXACT = 13
+_EXCHANGES = 9999
+_BLOCK = 1000
+# Of sizes that are added up, what rounding can make of 0.
+_ROUNDING = 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,104 +73,206 @@ class Design:
       np.array([weights[name] for name in names], np.float64),
     )
 
-  def overall(self, sample: Sample, times: np.ndarray | None = None) -> np.ndarray:
-    """The score of each resample, (R,); NaN where a category has no scored picture.
+  @property
+  def members(self) -> np.ndarray:
+    """(Q, S) 1 where a prompt is of a category."""
+    return (self.strata[:, None] == np.arange(len(self.weights))).astype(np.float64)
 
-    Args:
-      sample: of Q prompts.
-      times: (R, Q) how often a resample has each prompt; None is the sample itself, R = 1.
-    """
-    times = np.ones((1, len(self.strata))) if times is None else times
-    total = np.zeros(len(times))
-    for stratum, weight in enumerate(self.weights):
-      rows = self.strata == stratum
-      with np.errstate(invalid='ignore', divide='ignore'):
-        mean = (times[:, rows] @ sample.sums[rows]) / (times[:, rows] @ sample.counts[rows])
-      total += weight * mean
-    return total
+  def overall(self, sample: Sample) -> float:
+    """The score; NaN where a category has no scored picture."""
+    return float(_weighted(self.weights, sample.sums @ self.members, sample.counts @ self.members))
 
-  def resamples(self, seed: int, count: int = RESAMPLES) -> np.ndarray:
-    """How often each of `count` bootstrap samples has each prompt: (count, Q)."""
-    rng = np.random.default_rng(seed)
-    times = np.zeros((count, len(self.strata)), np.float64)
-    for stratum in range(len(self.weights)):
-      rows = np.flatnonzero(self.strata == stratum)
-      if len(rows):
-        times[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=count)
-    return times
+  def parts(self, sample: Sample) -> np.ndarray:
+    """(Q,) what each prompt adds to the score's error: linearised, 0 in sum in each category."""
+    totals = sample.counts @ self.members
+    with np.errstate(invalid='ignore', divide='ignore'):
+      means = sample.sums @ self.members / totals
+      shares = self.weights / totals
+    return shares[self.strata] * (sample.sums - means[self.strata] * sample.counts)
 
 
-def interval(estimates: np.ndarray) -> list[float] | None:
-  """The 95 % percentile interval of resampled estimates; None if none of them is a number."""
-  found = estimates[np.isfinite(estimates)]
-  if not len(found):
-    return None
-  low, high = np.quantile(found, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-  return [float(low), float(high)]
+def _weighted(weights: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  """Scores (...,) of sums and counts (..., S) by category."""
+  with np.errstate(invalid='ignore', divide='ignore'):
+    return (sums / counts) @ weights
 
 
-def two_sided(differences: np.ndarray) -> float:
-  """Achieved significance: how often resampled differences fall on the rarer side of 0, doubled.
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+  """Variances of scores from what prompts add to their errors.
 
-  One count is added, so that it is never 0; ties count for both sides.
+  Attributes:
+    design: of Q prompts.
+    scored: (Q,) bool, which of them the scores are of.
   """
-  rarer = min(int(np.sum(differences <= 0)), int(np.sum(differences >= 0)))
-  return min(1.0, 2 * (1 + rarer) / (len(differences) + 1))
+
+  design: Design
+  scored: np.ndarray
+
+  def by_category(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(S,) what categories add to the covariance of two scores with such parts (Q,)."""
+    n = self.scored @ self.design.members
+    with np.errstate(invalid='ignore', divide='ignore'):
+      return n / (n - 1) * ((first * second * self.scored) @ self.design.members)
+
+  def quantile(self, parts: np.ndarray) -> float:
+    """Student's two-sided quantile, by Satterthwaite's degrees of freedom."""
+    n, variances = self.scored @ self.design.members, self.by_category(parts, parts)
+    return student_quantile(variances.sum() ** 2 / np.sum(variances**2 / (n - 1)))
+
+  def tells(self, parts: np.ndarray, size: float) -> bool:
+    """Whether every category has two prompts, and not all are alike up to rounding of a size."""
+    n = self.scored @ self.design.members
+    return bool(n.min() >= 2 and np.abs(parts[self.scored]).max() > _ROUNDING * size)
 
 
-def compare(design: Design, first: Sample, second: Sample, times: np.ndarray) -> dict | None:
+def student_quantile(freedom: float, level: float = _LEVEL) -> float:
+  """The t that Student's distribution stays within, on both sides, with probability `level`.
+
+  Args:
+    freedom: degrees of freedom, 1 or more, whole or not.
+    level: from 0 to 1.
+  """
+  # With t = sqrt(freedom) tan(angle), the density is cos(angle)^(freedom - 1).
+  angles = np.linspace(0, min(math.pi / 2, 15 / math.sqrt(freedom)), 8001)
+  density = np.cos(angles) ** (freedom - 1)
+  below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+  return float(math.sqrt(freedom) * np.tan(np.interp(level, below / below[-1], angles)))
+
+
+def interval(design: Design, sample: Sample) -> list[float] | None:
+  """The 95 % interval of an overall score.
+
+  Returns:
+    [low, high]; None if there is no score, where a category has a single prompt (of whose spread
+    nothing is known), and where all prompts of each category are alike.
+  """
+  score = design.overall(sample)
+  if not np.isfinite(score):
+    return None
+  return _interval(design, score, design.parts(sample), sample.counts > 0, _size(sample))
+
+
+def _size(*samples: Sample) -> float:
+  """How large values are, in units of a part of the score."""
+  return max(float(np.abs(sample.sums).max() / sample.counts.sum()) for sample in samples)
+
+
+def _interval(
+  design: Design, score: float, parts: np.ndarray, scored: np.ndarray, size: float
+) -> list[float] | None:
+  spread = _Spread(design, scored)
+  if not spread.tells(parts, size):
+    return None
+  half = spread.quantile(parts) * math.sqrt(spread.by_category(parts, parts).sum())
+  return [score - half, score + half]
+
+
+def compare(design: Design, first: Sample, second: Sample, seed: int = 0) -> dict | None:
   """Second minus first, over the prompts of which both have scored pictures.
 
   Args:
     design: of Q prompts.
     first, second: their values by two models.
-    times: (R, Q) resamples.
+    seed: of random exchanges, where there are too many to count.
 
   Returns:
-    {'difference', 'ci95', 'p', 'n': prompts}; None if the difference cannot be told.
+    {'difference', 'ci95' (None as of `interval`), 'p': see `exchanged`, 'n': prompts}; None if the
+    difference cannot be told.
   """
   both = (first.counts > 0) & (second.counts > 0)
   first, second = first.where(both), second.where(both)
-  difference = float((design.overall(second) - design.overall(first))[0])
+  difference = design.overall(second) - design.overall(first)
   if not np.isfinite(difference):
     return None
-  resampled = design.overall(second, times) - design.overall(first, times)
-  resampled = resampled[np.isfinite(resampled)]
+  parts = design.parts(second) - design.parts(first)
   return {
     'difference': difference,
-    'ci95': interval(resampled),
-    'p': two_sided(resampled),
+    'ci95': _interval(design, difference, parts, both, _size(first, second)),
+    'p': exchanged(design, first, second, seed),
     'n': int(both.sum()),
   }
 
 
-def normalised_difference(implicit, superficial, explicit):
-  """Science-T2I's ND: where implicit lies between superficial (0) and explicit (1)."""
-  return (implicit - superficial) / (explicit - superficial)
+def exchanged(design: Design, first: Sample, second: Sample, seed: int = 0) -> float:
+  """How often exchanging the models at random prompts makes as large a difference, or a larger one.
 
-
-def relative_improvement(implicit, base_implicit, base_explicit):
-  """Science-T2I's RI: how much of the base's gap to its explicit prompts is closed."""
-  return (implicit - base_implicit) / (base_explicit - base_implicit)
-
-
-def ratio(
-  function: Callable, design: Design, samples: Sequence[Sample], times: np.ndarray
-) -> dict | None:
-  """A function of several overall scores, such as `normalised_difference`, with its interval.
+  Of all exchanges where few prompts differ: then 6 that all do so in one direction have 2/64.
+  Else of random ones and the one there is, which is never rarer than its chance (Phipson and Smyth
+  2010).
 
   Args:
-    function: of as many numbers, elementwise.
     design: of Q prompts.
-    samples: as many values of the same prompts.
-    times: (R, Q) resamples, which all of them share.
+    first, second: their values by two models, of the same prompts.
+    seed: of the random exchanges.
+  """
+  differ = np.flatnonzero((first.sums != second.sums) | (first.counts != second.counts))
+  members, categories = design.members, len(design.weights)
+  totals = [array @ members for array in (first.sums, first.counts, second.sums, second.counts)]
+  change = np.concatenate(
+    [
+      (theirs - ours)[differ, None] * members[differ]
+      for ours, theirs in ((first.sums, second.sums), (first.counts, second.counts))
+    ],
+    axis=1,
+  )
+
+  def differences(exchanges: np.ndarray) -> np.ndarray:
+    """(R, D) 1 where models are exchanged -> (R,)."""
+    sums, counts = np.split(exchanges @ change, [categories], axis=1)
+    before = _weighted(design.weights, totals[0] + sums, totals[1] + counts)
+    return _weighted(design.weights, totals[2] - sums, totals[3] - counts) - before
+
+  there = abs(differences(np.zeros((1, len(differ))))[0])
+  least = there - _ROUNDING * _size(first, second)
+
+  def as_large(exchanges: np.ndarray) -> int:
+    return int(np.sum(np.abs(differences(exchanges.astype(np.float64))) >= least))
+
+  if len(differ) <= _EXACT:
+    every = np.arange(2 ** len(differ))[:, None] >> np.arange(len(differ)) & 1
+    return as_large(every) / len(every)
+  rng, found = np.random.default_rng(seed), 0
+  for start in range(0, _EXCHANGES, _BLOCK):
+    rows = min(_BLOCK, _EXCHANGES - start)
+    found += as_large(rng.integers(0, 2, (rows, len(differ)), np.int8))
+  return (1 + found) / (1 + _EXCHANGES)
+
+
+def position(design: Design, value: Sample, zero: Sample, one: Sample) -> dict | None:
+  """Where a score lies between two others, (value - zero) / (one - zero), over common prompts.
+
+  Science-T2I's ND is that of implicit between superficial and explicit prompts, its RI that of a
+  model's implicit prompts between the base's implicit and explicit ones.
+
+  Args:
+    design: of Q prompts.
+    value, zero, one: values of the same prompts.
 
   Returns:
-    {'value', 'ci95'}; None if it is no number.
+    {'value', 'ci95': Fieller's, or None as of `interval` and where it would be unbounded, 'n':
+    prompts}; None if it is no number.
   """
-  with np.errstate(invalid='ignore', divide='ignore'):
-    value = function(*(design.overall(sample) for sample in samples))[0]
-    resampled = function(*(design.overall(sample, times) for sample in samples))
-  if not np.isfinite(value):
+  scored = (value.counts > 0) & (zero.counts > 0) & (one.counts > 0)
+  value, zero, one = (sample.where(scored) for sample in (value, zero, one))
+  top = design.overall(value) - design.overall(zero)
+  bottom = design.overall(one) - design.overall(zero)
+  if not np.isfinite([top, bottom]).all() or bottom == 0:
     return None
-  return {'value': float(value), 'ci95': interval(resampled)}
+  tops, bottoms = (design.parts(sample) - design.parts(zero) for sample in (value, one))
+  told = {'value': top / bottom, 'ci95': None, 'n': int(scored.sum())}
+  spread, parts = _Spread(design, scored), tops - top / bottom * bottoms
+  if not spread.tells(parts, _size(value, zero, one)):
+    return told
+  # The ratios r for which top - r bottom is within its own interval: a r^2 - 2 b r + c <= 0.
+  t = spread.quantile(parts)
+  a, b, c = (
+    first * second - t**2 * spread.by_category(mine, theirs).sum()
+    for first, second, mine, theirs in (
+      (bottom, bottom, bottoms, bottoms), (top, bottom, tops, bottoms), (top, top, tops, tops)
+    )
+  )  # fmt: skip
+  if a > 0:
+    half = math.sqrt(max(b * b - a * c, 0.0))
+    told['ci95'] = [(b - half) / a, (b + half) / a]
+  return told

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from eru_jax.benchmarks.base import CLIP_PROTOCOLS, Benchmark, Protocol, Question, single
 from eru_jax.benchmarks.files import data_directory, integer_of, read_rows, text_of
 from eru_jax.errors import UserError
+from eru_jax.judges.protocols import wise_score
 
 _CLONE = '`git clone https://github.com/PKU-YuanGroup/WISE`'
 _SIZE = 1000
@@ -33,11 +34,6 @@ _LEGACY_WEIGHTS = {
 _VERIFIED_WEIGHTS = {
   'culture': 0.4, 'time': 0.12, 'space': 0.12, 'biology': 0.12, 'physics': 0.12, 'chemistry': 0.12,
 }  # fmt: skip
-
-
-def wi_score(score: Mapping[str, float]) -> float:
-  """(0.7 consistency + 0.2 realism + 0.1 aesthetics) / 2 of marks from 0 to 2: 0 to 1."""
-  return (0.7 * score['consistency'] + 0.2 * score['realism'] + 0.1 * score['aesthetics']) / 2
 
 
 def read_legacy(data: str | None) -> list[Question]:
@@ -141,7 +137,7 @@ BENCHMARKS = (
     read=read_legacy,
     protocols={
       'wise': Protocol(
-        ('consistency', 'realism', 'aesthetics'), wi_score, _LEGACY_WEIGHTS, (0, 1), 3
+        ('consistency', 'realism', 'aesthetics'), wise_score, _LEGACY_WEIGHTS, (0, 1), 3
       ),
       **CLIP_PROTOCOLS,
     },

@@ -21,7 +21,7 @@ Values = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def aggregate(
-  protocol: Protocol, questions: Sequence[Question], values: np.ndarray, seed: int = 0
+  protocol: Protocol, questions: Sequence[Question], values: np.ndarray
 ) -> dict[str, Any]:
   """Everything that is told of one model under one condition.
 
@@ -29,14 +29,14 @@ def aggregate(
     protocol: the rules.
     questions: Q of them.
     values: (Q, K) of their pictures as `Protocol.values` makes them, NaN where there is none.
-    seed: of the resampling.
 
   Returns:
     {'score', 'ci95', 'n': scored pictures, 'unscored': pictures, 'prompts': Q with a score,
     'categories': {name: the same}, 'subcategories': {name: the same}}, 'score' and 'ci95' being
-    None where there is nothing to tell, and then 'missing' the categories without scored pictures.
+    None where there is nothing to tell, and 'missing' the categories without scored pictures where
+    these have weights.
   """
-  found = _mean(protocol, questions, values, seed, protocol.weights)
+  found = _mean(protocol, questions, values, protocol.weights)
   for kind, attribute in (('categories', 'category'), ('subcategories', 'subcategory')):
     names = [getattr(question, attribute) for question in questions]
     found[kind] = {}
@@ -44,7 +44,7 @@ def aggregate(
       rows = [row for row, other in enumerate(names) if other == name]
       part = [questions[row] for row in rows]
       if name:
-        found[kind][name] = _mean(protocol, part, values[rows], seed, None)
+        found[kind][name] = _mean(protocol, part, values[rows], None)
   return found
 
 
@@ -52,12 +52,11 @@ def _mean(
   protocol: Protocol,
   questions: Sequence[Question],
   values: np.ndarray,
-  seed: int,
   weights: Mapping[str, float] | None,
 ) -> dict[str, Any]:
   categories = [question.category for question in questions]
   design, sample = Design.of(categories, weights), Sample.of(values)
-  score, n = float(design.overall(sample)[0]), int(sample.counts.sum())
+  score, n = design.overall(sample), int(sample.counts.sum())
   told: dict[str, Any] = {
     'score': score if np.isfinite(score) else None,
     'ci95': None,
@@ -73,8 +72,17 @@ def _mean(
   if protocol.proportion and weights is None and n == told['prompts']:
     told['ci95'] = list(wilson_interval(round(float(sample.sums.sum())), n))
   else:
-    told['ci95'] = statistics.interval(design.overall(sample, design.resamples(seed)))
+    told['ci95'] = _within(protocol, statistics.interval(design, sample))
   return told
+
+
+def _within(protocol: Protocol, interval: list[float] | None) -> list[float] | None:
+  """The part of an interval that scores can be in."""
+  least, most = protocol.span
+  if interval is None:
+    return None
+  low, high = interval
+  return [low if least is None else max(low, least), high if most is None else min(high, most)]
 
 
 def comparisons(
@@ -86,7 +94,7 @@ def comparisons(
     protocol: the rules.
     questions: Q of them.
     values: model -> condition -> (Q, K), the first model being the base.
-    seed: of the resampling.
+    seed: of `statistics.exchanged`.
 
   Returns:
     [{'model', 'condition', 'against': {'model', 'condition'}, 'difference', 'ci95', 'p', 'n'}]:
@@ -97,7 +105,6 @@ def comparisons(
   if not values:
     return []
   design = Design.of([question.category for question in questions], protocol.weights)
-  times = design.resamples(seed)
   base = next(iter(values))
   pairs = [
     (model, condition, base, condition)
@@ -114,7 +121,7 @@ def comparisons(
   told = []
   for model, condition, other, under in pairs:
     first, second = Sample.of(values[other][under]), Sample.of(values[model][condition])
-    found = statistics.compare(design, first, second, times)
+    found = statistics.compare(design, first, second, seed)
     if found is not None:
       against = {'model': other, 'condition': under}
       told.append({'model': model, 'condition': condition, 'against': against, **found})
@@ -122,30 +129,31 @@ def comparisons(
 
 
 def ratios(
-  protocol: Protocol, questions: Sequence[Question], values: Values, seed: int = 0
+  protocol: Protocol, questions: Sequence[Question], values: Values
 ) -> dict[str, dict[str, Any]]:
   """Science-T2I's ND and RI of each model, as far as the conditions they need were drawn.
 
+  Each is taken over the prompts that have scored pictures in all its three parts.
+
   Returns:
-    {model: {'nd': {'value', 'ci95'}, 'ri': {...}}}; the base has no RI.
+    {model: {'nd': {'value', 'ci95', 'n'}, 'ri': {...}}}; the base has no RI.
   """
   if not values:
     return {}
   design = Design.of([question.category for question in questions], protocol.weights)
-  times = design.resamples(seed)
   samples = {
     model: {condition: Sample.of(array) for condition, array in found.items()}
     for model, found in values.items()
   }
   base, told = next(iter(samples)), {}
+  before = samples[base]
   for model, found in samples.items():
     mine: dict[str, Any] = {}
-    if all(name in found for name in ('implicit', 'superficial', 'explicit')):
-      three = [found[name] for name in ('implicit', 'superficial', 'explicit')]
-      mine['nd'] = statistics.ratio(statistics.normalised_difference, design, three, times)
-    before = samples[base]
+    if {'implicit', 'superficial', 'explicit'} <= found.keys():
+      three = (found['implicit'], found['superficial'], found['explicit'])
+      mine['nd'] = statistics.position(design, *three)
     if model != base and 'implicit' in found and {'implicit', 'explicit'} <= before.keys():
-      three = [found['implicit'], before['implicit'], before['explicit']]
-      mine['ri'] = statistics.ratio(statistics.relative_improvement, design, three, times)
+      three = (found['implicit'], before['implicit'], before['explicit'])
+      mine['ri'] = statistics.position(design, *three)
     told[model] = {name: value for name, value in mine.items() if value is not None}
   return {model: mine for model, mine in told.items() if mine}

@@ -106,9 +106,9 @@ def missing(directory: pathlib.Path, pictures: Sequence[Picture]) -> list[Pictur
   ]
 
 
-def drawn_with(output: pathlib.Path, model: str) -> dict[str, Any]:
-  """The settings that a model's pictures were drawn with, as `settings_of` told them."""
-  return _read(directory_of(output, model))['settings']
+def drawn_with(directory: pathlib.Path) -> dict[str, Any]:
+  """What the pictures of a directory were drawn with, as of `settings_of`; {} without a record."""
+  return _read(directory).get('settings', {})
 
 
 def settings_of(

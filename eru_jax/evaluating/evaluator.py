@@ -19,10 +19,11 @@ import numpy as np
 
 from eru_jax.benchmarks.base import CONDITIONS, Benchmark, Protocol, Question, benchmark, fewer
 from eru_jax.errors import UserError
-from eru_jax.evaluating import drawing, results, scoring
+from eru_jax.evaluating import drawing, provenance, results, scoring
 from eru_jax.evaluating.gallery import write_gallery
 from eru_jax.evaluating.judging import judged_by, open_judge
 from eru_jax.evaluating.models import Task, check_world, draw_models, handed_on, model_sizes
+from eru_jax.evaluating.questions import read_questions
 from eru_jax.evaluating.request import EvaluationRequest, Rewriter
 from eru_jax.evaluating.rivals import REWRITTEN, Rewriting
 from eru_jax.evaluating.scorers import KNOWN_PICTURES, Score, Scorer, open_scorer
@@ -47,8 +48,9 @@ class Evaluated:
     pictures: model -> what was drawn with it; the base is first.
     scores: model -> the score of each of these.
     output: the directory.
-    seed: of the start noise and of resampling.
+    seed: of the start noise, and of how differences are tested.
     rewriting: what rewrote prompts over HTTP, or None.
+    settings: what it was made with, see `provenance`.
   """
 
   benchmark: Benchmark
@@ -62,6 +64,13 @@ class Evaluated:
   output: pathlib.Path
   seed: int
   rewriting: Rewriting | None = None
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def headline(self) -> str:
+    """The split that overall scores and comparisons are of, or '' where it is all that is asked."""
+    splits = {question.split for question in self.questions}
+    return self.benchmark.headline if {self.benchmark.headline} < splits else ''
 
   def values(self) -> dict[str, dict[str, np.ndarray]]:
     """Model -> condition -> values (Q, K), NaN where there is no score or no picture."""
@@ -139,8 +148,10 @@ def _prepare(
   output = pathlib.Path(request.output).expanduser()
   check_directory(output)
   chosen = benchmark(request.benchmark)
-  everything = list(questions) or chosen.read(request.data)
-  asked = fewer(everything, request.limit)
+  everything, source = list(questions), 'given by the caller'
+  if not everything:
+    everything, source = read_questions(request, chosen)
+  asked = fewer(everything, request.limit, splits_alike=bool(chosen.headline))
   conditions, protocol = _conditions(request, asked), None
   if scorer is not None:
     protocol = chosen.protocol(scorer.name)
@@ -155,10 +166,11 @@ def _prepare(
   sets: dict[str, int] = {}
   for question in everything:
     sets[question.split] = sets.get(question.split, 0) + 1
+  told = [*conditions, *rewriters]
+  settings = provenance.settings(request, told, images, source, scorer)
   evaluated = Evaluated(
-    chosen, protocol, scorer, asked, sets, [*conditions, *rewriters], {}, {}, output,
-    request.seed, rewriting,
-  )  # fmt: skip
+    chosen, protocol, scorer, asked, sets, told, {}, {}, output, request.seed, rewriting, settings
+  )
   return evaluated, Task(request, output, asked, conditions, tuple(rewriters), images, ready)
 
 
@@ -176,7 +188,8 @@ def _score(evaluated: Evaluated) -> dict[str, Any]:
     scores[model] = scoring.score_pictures(
       scorer, evaluated.protocol, directory, questions, drawn, kept, model
     )
-  evaluated = dataclasses.replace(evaluated, scores=scores)
+  settings = evaluated.settings | provenance.of_pictures(output, list(evaluated.pictures))
+  evaluated = dataclasses.replace(evaluated, scores=scores, settings=settings)
   result = results.collect(evaluated)
   results.write(evaluated, result)
   gallery = write_gallery(evaluated, result)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eru_jax.benchmarks.base import Protocol
-from eru_jax.evaluating.results import asked_lines, shown
+from eru_jax.evaluating.results import asked_lines, shown, tables
 from eru_jax.training.report_scores import STAGES, text
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ def summary(evaluated: 'Evaluated', result: Mapping[str, Any]) -> str:
   if evaluated.protocol is None:
     return ''.join(parts) + '<p>Nobody has scored these pictures.</p>'
   parts.append(f'<p>{text(evaluated.benchmark.about)}</p>' if evaluated.benchmark.about else '')
-  unscored = sum(told['unscored'] for found in result['stages'].values() for told in found.values())
+  # Of all questions: splits are parts of them, and the overall score may be of one alone.
+  every = result['splits'] if 'splits' in result else {'': result['stages']}
+  unscored = sum(
+    told['unscored'] for models in every.values() for m in models.values() for told in m.values()
+  )
   if unscored:
     parts.append(
       f'<p><b>{unscored} pictures are unscored</b> and left out of every mean; they count as '
@@ -35,8 +39,7 @@ def summary(evaluated: 'Evaluated', result: Mapping[str, Any]) -> str:
     )
   cards = ''.join(_card(evaluated, result, model) for model in result['stages'])
   parts.append(f'<div class="models">{cards}</div>')
-  tables = {'': result['stages'], **result.get('splits', {})}
-  for split, models in tables.items():
+  for split, models in tables(result).items():
     name = f'Set {split}, by category' if split else 'By category'
     parts.append(
       f'<details><summary>{text(name)}</summary>{_table(evaluated, models, split)}</details>'
@@ -79,12 +82,13 @@ def _card(evaluated: 'Evaluated', result: Mapping[str, Any], model: str) -> str:
     rows.append(('RI: of the base’s gap closed', f'{100 * found["ri"]["value"]:.0f} %'))
   if 'nd' in found:
     rows.append(('ND: from superficial to explicit', f'{100 * found["nd"]["value"]:.0f} %'))
+  title = f'{main} prompts' + (f', set {result["headline"]}' if result['headline'] else '')
   inner = ''.join(f'<dt>{text(name)}</dt><dd>{value}</dd>' for name, value in rows)
   extent = _range(protocol, told)
   if told['score'] is None and told.get('missing'):
     extent = text(f'no overall score without {", ".join(told["missing"])}')
   return (
-    f'<section class="model"><h3>{text(title_of(model))}, {text(main)} prompts</h3>'
+    f'<section class="model"><h3>{text(title_of(model))}, {text(title)}</h3>'
     f'<div class="big">{_shown(protocol, told["score"])}</div>'
     f'<div class="range">{extent}</div>{f"<dl>{inner}</dl>" if inner else ""}</section>'
   )
@@ -94,10 +98,13 @@ def _difference(protocol: Protocol, one: Mapping[str, Any], coloured: bool) -> s
   kind = ''
   if coloured and one['p'] < _SIGNIFICANT:
     kind = 'up' if one['difference'] > 0 else 'down'
-  low, high = (_shown(protocol, bound, True) for bound in one['ci95'])
-  hint = f'95 % interval {low} to {high}, p = {one["p"]:.2g}, {one["n"]} prompts'
+  hint, extent = f'p = {one["p"]:.2g}, {one["n"]} prompts', ''
+  if one['ci95']:
+    low, high = (_shown(protocol, bound, True) for bound in one['ci95'])
+    extent = f'{low} to {high}'
+    hint = f'95 % interval {extent}, {hint}'
   value = _shown(protocol, one['difference'], True)
-  return f'<span class="{kind}" title="{text(hint)}">{value}<small>{low} to {high}</small></span>'
+  return f'<span class="{kind}" title="{text(hint)}">{value}<small>{extent}</small></span>'
 
 
 def _range(protocol: Protocol, told: Mapping[str, Any]) -> str:

@@ -205,7 +205,8 @@ def _remembered(task: Task, model: str, first: bool) -> dict[str, str] | None:
       )
       for label in labels
     ):
-      return {label: _same_model(drawing.drawn_with(task.output, label)) for label in labels}
+      places = {label: drawing.directory_of(task.output, label) for label in labels}
+      return {label: _same_model(drawing.drawn_with(place)) for label, place in places.items()}
   return None
 
 

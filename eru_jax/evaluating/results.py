@@ -29,12 +29,14 @@ def collect(evaluated: 'Evaluated') -> dict[str, Any]:
   """Everything that is told, as JSON data.
 
   Returns:
-    {'benchmark', 'scorer', 'judge' and 'rewriter' (who was asked over HTTP: 'model', 'url', 'total'
-    and more of `judges.summary.Summary`), 'seed', 'questions', 'sets': {split: {'questions',
-    'asked', 'edition'}}, 'stages': {model: {condition: as `aggregation.aggregate` tells}},
-    'splits': {split: {model: {condition: ...}}} where there are several, 'comparisons', 'ratios',
-    'pairs': [{'id', 'implicit', 'explicit', '<model> <condition>': what its first picture is worth,
-    or what it shows}]}. Without a scorer, scores are None.
+    {'settings': see `provenance.settings`, 'benchmark', 'scorer', 'judge' and 'rewriter' (who was
+    asked over HTTP: 'model', 'url', 'total' and more of `judges.summary.Summary`), 'seed',
+    'questions', 'sets': {split: {'questions', 'asked', 'edition'}}, 'headline': the split that
+    'stages', 'comparisons' and 'ratios' are of, or None if they are of all questions, 'stages':
+    {model: {condition: as `aggregation.aggregate` tells}}, 'splits': {split: {model: {condition:
+    ...}}} where there are several, 'comparisons', 'ratios', 'pairs': [{'id', 'implicit',
+    'explicit', '<model> <condition>': what its first picture is worth, or what it shows}]}.
+    Without a scorer, scores are None.
   """
   values = evaluated.values()
   everything = list(range(len(evaluated.questions)))
@@ -43,7 +45,9 @@ def collect(evaluated: 'Evaluated') -> dict[str, Any]:
     split: [row for row in everything if evaluated.questions[row].split == split]
     for split in splits
   }
+  main = parts[evaluated.headline] if evaluated.headline else everything
   result: dict[str, Any] = {
+    'settings': dict(evaluated.settings),
     'benchmark': evaluated.benchmark.name,
     'scorer': evaluated.scorer.name if evaluated.scorer else None,
     **_asked(evaluated),
@@ -57,18 +61,30 @@ def collect(evaluated: 'Evaluated') -> dict[str, Any]:
       }
       for split, rows in parts.items()
     },
-    'stages': _aggregated(evaluated, values, everything),
+    'headline': evaluated.headline or None,
+    'stages': _aggregated(evaluated, values, main),
   }
   if len(splits) > 1:
     result['splits'] = {
       split: _aggregated(evaluated, values, rows) for split, rows in parts.items()
     }
   if evaluated.protocol is not None:
-    arguments = (evaluated.protocol, evaluated.questions, values, evaluated.seed)
-    result['comparisons'] = comparisons(*arguments)
-    result['ratios'] = ratios(*arguments)
+    asked = [evaluated.questions[row] for row in main]
+    found = {
+      model: {condition: array[main] for condition, array in arrays.items()}
+      for model, arrays in values.items()
+    }
+    result['comparisons'] = comparisons(evaluated.protocol, asked, found, evaluated.seed)
+    result['ratios'] = ratios(evaluated.protocol, asked, found)
   result['pairs'] = _pairs(evaluated, values)
   return result
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  """Split -> its 'stages', the headline first; '' is all questions, if these have a score."""
+  splits = result.get('splits', {})
+  first = result.get('headline') or ''
+  return {first: result['stages'], **splits}
 
 
 def _asked(evaluated: 'Evaluated') -> dict[str, Any]:
@@ -121,7 +137,7 @@ def _aggregated(
     for condition, array in arrays.items():
       asked = [row for row in rows if condition in evaluated.questions[row].prompts]
       part = [evaluated.questions[row] for row in asked]
-      told = aggregate(protocol, part, array[asked], evaluated.seed)
+      told = aggregate(protocol, part, array[asked])
       if protocol.percent:
         told = {'accuracy': told['score'], **told}
       found[model][condition] = told
@@ -188,8 +204,7 @@ def _write_grid(evaluated: 'Evaluated', targets: Callable[[Question], np.ndarray
 
 def _summary_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
   rows = []
-  tables = {'': result['stages'], **result.get('splits', {})}
-  for split, models in tables.items():
+  for split, models in tables(result).items():
     for model, conditions in models.items():
       for condition, told in conditions.items():
         groups = [('overall', '', told)]
@@ -263,30 +278,42 @@ def tell(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:
     name = ' '.join(text for text in (evaluated.benchmark.title, split) if text)
     edition = told['edition'] or f'{told["questions"]} questions'
     print(f'{name}: {edition}{part}')
+  if evaluated.benchmark.of_run is not None and evaluated.settings.get('questions'):
+    print(f'Questions: {evaluated.settings["questions"]}')
+  if result['headline']:
+    print(f'Overall scores and differences are of {result["headline"]!r}.')
   for line in asked_lines(result):
     print(line)
   if protocol is None:
     return
-  for model, conditions in result['stages'].items():
-    for condition, told in conditions.items():
-      line = f'{model:>12}, {condition}: {shown(protocol, told["score"])}'
-      if told['ci95']:
-        low, high = (shown(protocol, bound) for bound in told['ci95'])
-        line += f'  [{low} to {high}]'
-      line += f'  {told["n"]} pictures'
-      if told['unscored']:
-        line += f', {told["unscored"]} unscored and left out'
-      if told['score'] is None and told.get('missing'):
-        line += f'; no overall score without {", ".join(told["missing"])}'
-      print(line, flush=True)
+  for split, models in tables(result).items():
+    for model, conditions in models.items():
+      for condition, told in conditions.items():
+        name = f'{model:>12}, {f"{split}, " if split else ""}{condition}'
+        print(f'{name}: {_line(protocol, told)}', flush=True)
   for one in result['comparisons']:
     against = one['against']
-    low, high = (shown(protocol, bound, True) for bound in one['ci95'])
-    print(
-      f'{one["model"]:>12}, {one["condition"]} - {against["model"]}, {against["condition"]}: '
-      f'{shown(protocol, one["difference"], True)}  [{low} to {high}], p = {one["p"]:.2g}'
-    )
+    line = f'{one["model"]:>12}, {one["condition"]} - {against["model"]}, {against["condition"]}: '
+    line += shown(protocol, one['difference'], True)
+    if one['ci95']:
+      low, high = (shown(protocol, bound, True) for bound in one['ci95'])
+      line += f'  [{low} to {high}]'
+    print(f'{line}, p = {one["p"]:.2g}, {one["n"]} prompts')
   for model, found in result['ratios'].items():
     told = [f'{name.upper()} {100 * one["value"]:.1f} %' for name, one in found.items()]
     if told and evaluated.benchmark.name == 'science_t2i':
       print(f'{model:>12}: {", ".join(told)}')
+
+
+def _line(protocol: Protocol, told: Mapping[str, Any]) -> str:
+  """A score with what goes with it."""
+  line = shown(protocol, told['score'])
+  if told['ci95']:
+    low, high = (shown(protocol, bound) for bound in told['ci95'])
+    line += f'  [{low} to {high}]'
+  line += f'  {told["n"]} pictures'
+  if told['unscored']:
+    line += f', {told["unscored"]} unscored and left out'
+  if told['score'] is None and told.get('missing'):
+    line += f'; no overall score without {", ".join(told["missing"])}'
+  return line

@@ -18,6 +18,7 @@ from eru_jax import distributed, sharding
 from eru_jax.benchmarks.base import Question
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
+from eru_jax.evaluating.drawing import source_stamp
 
 # The scorer that looks for pictures it knows, those of a world.
 KNOWN_PICTURES = 'emoji'
@@ -123,7 +124,6 @@ def _emoji(questions: Sequence[Question], source: str) -> Scorer:
 
 
 def _clip(name: str, model: str, mesh: str | None) -> Scorer:
-  from eru_jax.evaluating.drawing import source_stamp
   from eru_jax.rewards.clip import load_clip_reward
   from eru_jax.training.batches import on_mesh
   from eru_jax.training.config import model_path
@@ -160,5 +160,6 @@ def _clip(name: str, model: str, mesh: str | None) -> Scorer:
       found = np.asarray(program()(*on_mesh((images[rows], text), devices)))
     return [{name: float(value)} for value in found[: len(images)]]
 
-  # Of the contents: fine-tuned models have the names and sizes of their base.
-  return Scorer(name, f'{name}/2/{source_stamp(model)}', score)
+  # By contents: fine-tuned models have the names and sizes of their base.
+  identity = f'{name}/2/{source_stamp(str(root))}'
+  return Scorer(name, identity, score)
