@@ -1,7 +1,7 @@
 """Every variant of DK-DM and NO-RL, adapters, and amounts of data, on the emoji world.
 
-    python benchmarks/ablation.py --workdir=runs/ablation      # about an hour a seed, 2 cores
-    python benchmarks/ablation.py --workdir=runs/ablation --rows='mixture,N1' --seeds=1
+    python benchmarks/ablation.py                                  # about two hours a seed, 2 cores
+    python benchmarks/ablation.py --rows='base,mixture,N1' --seeds=1
 
 One row after the other, the seeds around them, so that a run that is stopped has whole rows; what
 is there is not run again. Writes results.json (every prompt's verdict), results.md and curves.png
@@ -9,6 +9,7 @@ into --output. Rows, and what they have in common, are in `ablation_rows.py`.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
@@ -18,9 +19,17 @@ from ablation_results import SPLITS, draw_curves, summarise, table
 from ablation_rows import COMMON, chosen_rows, compared_with, config_of, slug
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/ablation', 'Where checkpoints and scores are kept.')
-_OUTPUT = flags.DEFINE_string('output', 'benchmarks/results/ablation', 'Where the results go.')
-_SEEDS = flags.DEFINE_integer('seeds', 3, 'Training seeds, from 0.', lower_bound=1)
+_ALL_SEEDS = 3
+_RECORDED = pathlib.Path(__file__).parent / 'results' / 'ablation'
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where checkpoints and scores are kept; runs/ablation, or runs/ablation-quick.'
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'Where the results go; benchmarks/results/ablation if all rows run, else the '
+  'workdir.'
+)  # fmt: skip
+_SEEDS = flags.DEFINE_integer('seeds', _ALL_SEEDS, 'Training seeds, from 0.', lower_bound=1)
 _ROWS = flags.DEFINE_list(
   'rows',
   [],
@@ -30,6 +39,15 @@ _QUICK = flags.DEFINE_bool('quick', False, 'A few steps on a few facts: does eve
 
 # Pictures of one prompt whose mutual distance is the diversity, and of how many prompts.
 _COPIES, _DIVERSITY_PROMPTS = 4, 32
+
+
+def made_with(config, row):
+  """All that a row's scores depend on, as JSON data."""
+  from eru_jax.data.emoji_pairs import FACTS_FILE
+  from eru_jax.training.config import to_json
+
+  facts = hashlib.sha256(FACTS_FILE.read_bytes()).hexdigest()
+  return json.loads(json.dumps({'config': to_json(config), 'start': row.start, 'facts': facts}))
 
 
 def diversity(experiment, snapshot, judge):
@@ -77,8 +95,15 @@ class Runner:
   def __call__(self, row, seed):
     """The row's scores under a seed: those on disk, or new ones."""
     directory = self._root / f'{slug(row.name)}-{seed}'
-    path = directory / 'scores.json'
+    path, settings = directory / 'scores.json', directory / 'settings.json'
+    mine = made_with(config_of(row, seed, self._quick), row)
+    if directory.is_dir() and (not settings.is_file() or json.loads(settings.read_text()) != mine):
+      raise app.UsageError(
+        f'{directory} was made with other settings or facts: remove it, or give another --workdir.'
+      )
     if not path.is_file():
+      directory.mkdir(parents=True, exist_ok=True)
+      settings.write_text(json.dumps(mine, indent=1))
       scores = self._run(row, seed, directory)
       path.write_text(json.dumps(scores))
     return json.loads(path.read_text())
@@ -89,7 +114,6 @@ class Runner:
     from eru_jax.training.experiment import open_experiment
 
     config = config_of(row, seed, self._quick)
-    directory.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh)
     experiment, snapshot = open_experiment(config, mesh)
     judge = TemplateJudge(experiment.world.pictures.images)
@@ -145,9 +169,12 @@ def main(argv):
 
   rows = chosen_rows(_ROWS.value)
   enable_compilation_cache()
-  output = pathlib.Path(_OUTPUT.value)
+  root = pathlib.Path(_WORKDIR.value or f'runs/ablation{"-quick" * _QUICK.value}').absolute()
+  whole = not _ROWS.value and not _QUICK.value and _SEEDS.value >= _ALL_SEEDS
+  # What is recorded is never overwritten by a part of it.
+  output = pathlib.Path(_OUTPUT.value or (_RECORDED if whole else root))
   output.mkdir(parents=True, exist_ok=True)
-  runner = Runner(pathlib.Path(_WORKDIR.value).absolute(), _QUICK.value)
+  runner = Runner(root, _QUICK.value)
   per_row, began = {}, time.monotonic()
   for seed in range(_SEEDS.value):
     for row in rows:

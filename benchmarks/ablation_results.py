@@ -64,9 +64,9 @@ def table(rows, summaries):
       mean, low, high, deviation = found['wording']
       spread = '' if deviation is None else f' ± {100 * deviation:.1f}'
       cells = [f'{100 * mean:.1f}{spread} ({100 * low:.0f}-{100 * high:.0f})', _gain(found)]
-      cells += [
-        f'{100 * found[split][0]:.1f}' for split in ('train', 'fact', 'explicit', 'unrelated')
-      ]
+      for split in ('train', 'fact', 'explicit', 'unrelated'):
+        mean, low, high, _ = (None if x is None else 100 * x for x in found[split])
+        cells.append(f'{mean:.1f} ({low:.0f}-{high:.0f})')
       cells += [f'{found["drift"]:.3f}', f'{found["diversity"]:.3f}', f'{found["seconds"]:.0f}']
       lines.append(f'| {row.name} | {found["seeds"]} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines[1:]) + '\n'

@@ -72,7 +72,7 @@ def test_summary_and_table(modules):
   assert found['seconds'] == 4.0 and abs(found['drift'] - 0.2) < 1e-12 and found['seeds'] == 2
   text = results.table(rows.ROWS, {'mixture': found, 'base': results.summarise([one])})
   assert '| mixture | 2 | 75.0 ± 35.4 (' in text and '| base | 1 | 50.0 (' in text
-  assert ') |  | 50.0 |' in text  # neither is compared with anything
+  assert ') |  | 50.0 (' in text  # neither is compared with anything
   assert '**NO-RL**' not in text
 
 
@@ -118,6 +118,28 @@ def test_unknown_rows_are_refused(modules):
   ]  # fmt: skip
   with pytest.raises(app.UsageError, match=r"No row begins with \['N7'\]; there are 'base'"):
     rows.chosen_rows(['N7'])
+
+
+def test_scores_of_other_settings_are_refused(modules, tmp_path):
+  from absl import app
+
+  sys.path.insert(0, str(BENCHMARKS))
+  try:
+    ablation = importlib.import_module('ablation')
+  finally:
+    sys.path.remove(str(BENCHMARKS))
+  _, rows = modules
+  row = rows.ROWS[0]
+  made = ablation.made_with(rows.config_of(row, 0), row)
+  (tmp_path / 'base-0').mkdir()
+  (tmp_path / 'base-0' / 'scores.json').write_text('{"drift": 7}')
+  for settings, quick in ((None, False), (made, True), ({**made, 'facts': 'others'}, False)):
+    if settings is not None:
+      (tmp_path / 'base-0' / 'settings.json').write_text(json.dumps(settings))
+    with pytest.raises(app.UsageError, match='base-0 was made with other settings or facts'):
+      ablation.Runner(tmp_path, quick)(row, 0)
+  (tmp_path / 'base-0' / 'settings.json').write_text(json.dumps(made))
+  assert ablation.Runner(tmp_path, False)(row, 0) == {'drift': 7}
 
 
 @pytest.mark.slow
