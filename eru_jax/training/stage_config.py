@@ -186,7 +186,7 @@ class DkDmStageConfig(StageConfig):
   rollouts: int = 4
   rollout_steps: int = 8
   states_per_rollout: int = 4
-  mixture: float = 0.5
+  mixture: float = 0.1
   mixture_ramp: float = 0.3
   preservation_batch: int = 16
   preservation_weight: float = 1.0
@@ -321,7 +321,7 @@ class NoRlStageConfig(StageConfig):
   cfg_scale: float = 1.0
   timesteps_per_image: int = 2
   updates_per_step: int = 2
-  explicit_share: float = 0.5
+  explicit_share: float = 0.25
   text_noise: float = 0.0
   beta: float = 1.0
   reference_weight: float = 0.05
