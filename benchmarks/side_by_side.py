@@ -1,6 +1,7 @@
-"""What the comparisons with diffusers share: operations by formula, errors, times."""
+"""What the comparisons with diffusers share: operations by formula, errors, times, ratios."""
 
 import contextlib
+import json
 import pathlib
 import platform
 import signal
@@ -12,6 +13,7 @@ __all__ = [
   'adapter_flops',
   'flops',
   'full_flops',
+  'last_line',
   'lora_flops',
   'processor',
   'relative_error',
@@ -49,3 +51,9 @@ def processor():
       if line.startswith('model name'):
         return line.split(':', 1)[1].strip()
   return platform.processor()
+
+
+def last_line(result, quick):
+  """The ratios as JSON, marked where they are those of a tiny network."""
+  ratios = {f'{task}_ratio': result[task]['ratio'] for task in ('train', 'sample')}
+  return json.dumps({'quick': True} | ratios if quick else ratios)

@@ -1,14 +1,15 @@
 """The toy laboratory: every variant of DK-DM and NO-RL where right and wrong are known exactly.
 
     python benchmarks/toy.py                    # 5 seeds, writes benchmarks/results/toy
-    python benchmarks/toy.py --quick            # 1 seed
-    python benchmarks/toy.py --variant=a --variant='N1, branch weights' --output=/tmp/toy
+    python benchmarks/toy.py --quick            # 1 seed, writes runs/toy
+    python benchmarks/toy.py --variant=a --variant='N1, branch weights'
 
 The world is in `toy_world.py`, the variants in `toy_variants.py`. DK-DM starts from the base, NO-RL
 from the mixture's model and, for a few variants, from the base. Writes `results.json`, `results.md`
-and pictures of what is drawn. The last line of the output is JSON:
-{variant: {"correct": mean over seeds, "sd": ..., "worst": ..., "balance": ..., "explicit": ...,
-"early": {the same after fewer steps}}}.
+and pictures of what is drawn: to benchmarks/results/toy, where the measured results are kept, only
+if all variants run on five seeds; a partial run goes to runs/toy. The last line of the output is
+JSON: {variant: {"correct": mean over seeds, "sd": ..., "worst": ..., "balance": ...,
+"explicit": ..., "early": {the same after fewer steps}}}.
 """
 
 import json
@@ -22,10 +23,18 @@ from absl import app, flags
 _QUICK = flags.DEFINE_bool('quick', False, 'One seed.')
 _SEEDS = flags.DEFINE_integer('seeds', 5, 'Seeds of everything, the base included.', lower_bound=1)
 _VARIANTS = flags.DEFINE_multi_string('variant', [], 'Only this one; may be repeated.')
-_OUTPUT = flags.DEFINE_string('output', 'benchmarks/results/toy', 'Directory of the results.')
+_OUTPUT = flags.DEFINE_string(
+  'output',
+  None,
+  'Directory of the results. By default benchmarks/results/toy for all variants on 5 seeds, else '
+  'runs/toy, so that a partial run does not overwrite what was measured.',
+)
 
+_RECORDED, _PARTIAL, _RECORDED_SEEDS = 'benchmarks/results/toy', 'runs/toy', 5
 # Samples of each concept in a picture.
 _DRAWN = 250
+# What is added to the name of a NO-RL variant that did not start from the mixture.
+_FROM_BASE = ', from the base'
 _COLORS = ('#c1443c', '#d79b2b', '#4c9a4a', '#3a8f96', '#4a63b8', '#8b4f9f')
 
 
@@ -101,7 +110,7 @@ def laboratory(num_seeds, budget, variants, report=lambda *args: None):
     out = train(teacher, stream(4))
     record(name, out['early'], out['end'])
     start = out['end'] if name == 'mix' else start
-  for names, origin, label in ((no_rl, start, ''), (from_base, base, ', from the base')):
+  for names, origin, label in ((no_rl, start, ''), (from_base, base, _FROM_BASE)):
     for name in names:
       train = jax.jit(
         jax.vmap(lambda p, key, name=name: toy_variants.train_no_rl(name, p, key, budget))
@@ -132,6 +141,32 @@ def table(results, budget):
   return '\n'.join(lines)
 
 
+def output_directory(given, variants, seeds):
+  """Where results go: `given`, or the recorded results' place for a whole run only.
+
+  Args:
+    given: of --output, or None.
+    variants: of --variant; empty means all.
+    seeds: number of seeds.
+  """
+  whole = not variants and seeds == _RECORDED_SEEDS
+  return pathlib.Path(given or (_RECORDED if whole else _PARTIAL))
+
+
+def groups(names, no_rl):
+  """{picture: variants in it} of the variants that ran; a picture of nothing new is left out.
+
+  Args:
+    names: of `laboratory`'s results, in their order.
+    no_rl: which of them are NO-RL's, from the mixture.
+  """
+  from_base = [n for n in names if n.endswith(_FROM_BASE)]
+  dk_dm = [n for n in names if n != 'base' and n not in no_rl and n not in from_base]
+  starts = {'dk_dm': 'base', 'no_rl': 'mix', 'from_base': 'base'}
+  ran = {'dk_dm': dk_dm, 'no_rl': [n for n in names if n in no_rl], 'from_base': from_base}
+  return {group: [starts[group], *found] for group, found in ran.items() if found}
+
+
 def draw(path, panels):
   """Writes a PNG: one panel of samples (6, n, 2) a variant, circles where right answers are."""
   import matplotlib
@@ -158,22 +193,8 @@ def draw(path, panels):
   plt.close(figure)
 
 
-def main(argv):
-  del argv
-  sys.path.insert(0, str(pathlib.Path(__file__).parent))
-  import toy_variants
-
-  dk_dm = [*toy_variants.DK_DM, *toy_variants.DMD]
-  no_rl, from_base = list(toy_variants.NO_RL), list(toy_variants.FROM_BASE)
-  if _VARIANTS.value:
-    unknown = set(_VARIANTS.value) - set(dk_dm) - set(no_rl)
-    if unknown:
-      raise app.UsageError(f'No variant is called {sorted(unknown)}; there are {dk_dm + no_rl}.')
-    dk_dm, no_rl = ([n for n in names if n in _VARIANTS.value] for names in (dk_dm, no_rl))
-    from_base = []
-  budget = toy_variants.Budget()
-  seeds = 1 if _QUICK.value else _SEEDS.value
-  output = pathlib.Path(_OUTPUT.value)
+def run(seeds, budget, variants, output):
+  """Runs variants as `laboratory`, writes everything to `output` and prints it."""
   output.mkdir(parents=True, exist_ok=True)
   panels, started = {}, time.time()
 
@@ -187,21 +208,35 @@ def main(argv):
       flush=True,
     )
 
-  results = laboratory(seeds, budget, (dk_dm, no_rl, from_base), report)
+  results = laboratory(seeds, budget, variants, report)
   summary = {n: summarise(r['end']) | {'early': summarise(r['early'])} for n, r in results.items()}
   (output / 'results.json').write_text(
     json.dumps({'seeds': seeds, 'summary': summary, 'per seed': results}, indent=1) + '\n'
   )
   (output / 'results.md').write_text(table(results, budget) + '\n')
-  groups = {
-    'dk_dm': [n for n in panels if n == 'base' or n in dk_dm],
-    'no_rl': [n for n in panels if n in ('mix', *no_rl)],
-    'from_base': [n for n in panels if n == 'base' or 'from the base' in n],
-  }
-  for group, names in groups.items():
+  for group, names in groups(panels, variants[1]).items():
     draw(output / f'{group}.png', {n: panels[n] for n in names})
   print(table(results, budget))
+  print(f'Written to {output}.')
   print(json.dumps(summary))
+
+
+def main(argv):
+  del argv
+  sys.path.insert(0, str(pathlib.Path(__file__).parent))
+  import toy_variants
+
+  dk_dm = [*toy_variants.DK_DM, *toy_variants.DMD]
+  no_rl, from_base = list(toy_variants.NO_RL), list(toy_variants.FROM_BASE)
+  if _VARIANTS.value:
+    unknown = set(_VARIANTS.value) - set(dk_dm) - set(no_rl)
+    if unknown:
+      raise app.UsageError(f'No variant is called {sorted(unknown)}; there are {dk_dm + no_rl}.')
+    dk_dm, no_rl = ([n for n in names if n in _VARIANTS.value] for names in (dk_dm, no_rl))
+    from_base = []
+  seeds = 1 if _QUICK.value else _SEEDS.value
+  output = output_directory(_OUTPUT.value, _VARIANTS.value, seeds)
+  run(seeds, toy_variants.Budget(), (dk_dm, no_rl, from_base), output)
 
 
 if __name__ == '__main__':

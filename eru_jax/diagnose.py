@@ -17,7 +17,10 @@ _MODEL = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for the results; made if needed.')
 _PROMPTS = flags.DEFINE_string(
-  'prompts', None, 'JSON Lines file of knowledge pairs; by default those the run was evaluated on.'
+  'prompts',
+  None,
+  'JSON Lines file of knowledge pairs; by default those the run was evaluated on; a '
+  'FLUX model has none of its own.',
 )
 _MAX_PROMPTS = flags.DEFINE_integer(
   'max_prompts', 128, 'At most this many pairs of a split, evenly spread.', lower_bound=1

@@ -12,6 +12,9 @@ import numpy as np
 
 from eru_jax.errors import UserError
 
+# Fewer rows have no unbiased HSIC, and so no `linear_cka`.
+CKA_ROWS = 4
+
 
 def _rows(x: np.ndarray) -> np.ndarray:
   x = np.asarray(x, np.float64)
@@ -113,7 +116,7 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
   x, y = _rows(x), _rows(y)
   if len(x) != len(y):
     raise UserError(f'CKA compares features of the same prompts, not of {len(x)} and {len(y)}.')
-  if len(x) < 4:
+  if len(x) < CKA_ROWS:
     return float('nan')
   # Centring changes no exact result, but keeps the digits.
   x, y = (_gram(z - z.mean(0)) for z in (x, y))

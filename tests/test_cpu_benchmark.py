@@ -22,5 +22,22 @@ def test_quick_comparison():
   )
   assert run.returncode == 0, run.stderr[-2000:]
   ratios = json.loads(run.stdout.splitlines()[-1])
+  assert ratios.pop('quick') is True
   assert ratios.keys() == {'train_ratio', 'sample_ratio'}
   assert all(value > 0 for value in ratios.values())
+
+
+def test_ratios_of_a_tiny_network_are_marked(monkeypatch):
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'benchmarks')
+  import side_by_side
+
+  result = {'train': {'ratio': 1.5}, 'sample': {'ratio': 2.0}, 'setting': {}}
+  assert json.loads(side_by_side.last_line(result, False)) == {
+    'train_ratio': 1.5,
+    'sample_ratio': 2.0,
+  }
+  assert json.loads(side_by_side.last_line(result, True)) == {
+    'quick': True,
+    'train_ratio': 1.5,
+    'sample_ratio': 2.0,
+  }

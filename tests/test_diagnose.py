@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -18,10 +19,11 @@ from eru_jax import similarity
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.models import flux, layers, lora
-from eru_jax.training import diagnosis
+from eru_jax.training import diagnosing, diagnosis
 from eru_jax.training import experiment as experiment_lib
 from eru_jax.training.diagnosing import diagnose_model
 from eru_jax.training.report import ReportData, write_diagnosis, write_report
+from eru_jax.training.report_structure import undefined
 from eru_jax.training.restore import open_model
 from eru_jax.training.run import train
 
@@ -353,15 +355,47 @@ def test_page_and_report(found, tmp_path):
 
   page = write_diagnosis(tmp_path / 'diagnosis.html', 'A <run>', found).read_text()
   words = Page(page).text
-  for expected in ('A <run>', 'Knowledge structure', 'DK-DM', 'unseen wordings, as a map', 'CKA'):
-    assert expected in words
-  assert page.count('<svg') == 5 and '<script' not in page and 'nan' not in words
+  lacking = 'A dash is what is not defined: CKA needs at least 4 prompts, and wording has 1.'
+  for expected in (
+    'A <run>', 'Knowledge structure', 'DK-DM', 'unseen wordings, as a map', 'CKA –', lacking,
+  ):  # fmt: skip
+    assert expected in words.replace('\xa0', ' ')
+  assert page.count('<svg') == 5 and '<script' not in page
+  # Neither in words nor in what charts are described by.
+  assert re.search(r'\bnan\b', page, re.IGNORECASE) is None
+  assert 'Base not defined; DK-DM not defined.' in page
   report = write_report(tmp_path, ReportData('t', {}, diagnosis=found)).read_text()
   assert 'href="#structure"' in report and report.count('<svg') == 5
   ids = [a['id'] for _, a in Page(report).tags if 'id' in a]
   assert len(ids) == len(set(ids))
   without = write_report(tmp_path, ReportData('t', {})).read_text()
   assert 'Knowledge structure' not in without
+
+
+def test_table_shows_a_dash_and_why(found):
+  lines = diagnosing.describe(found).splitlines()
+  assert 'nan' not in '\n'.join(lines)
+  wording = next(i for i, line in enumerate(lines) if line.startswith('wording'))
+  assert lines[wording + 2].split() == ['cka', '–', '–']
+  assert lines[-1].endswith('CKA needs at least 4 prompts, and wording has 1.')
+  enough = dataclasses.replace(
+    found, prompts={s: n for s, n in found.prompts.items() if s != 'wording'}
+  )
+  assert '–' not in diagnosing.describe(enough) and not undefined(enough)
+  # Four prompts whose features are equal: another reason.
+  many = dataclasses.replace(found, prompts={**found.prompts, 'wording': 4})
+  assert 'equal for all prompts' in undefined(many) and 'CKA needs' not in undefined(many)
+
+
+def test_diagnosis_says_how_far_it_is(opened, capsys):
+  experiment, base, student = opened
+  capsys.readouterr()
+  diagnosis.diagnose(experiment, [('base', base), ('dk_dm', student)], groups(), (0.9, 0.3))
+  told = capsys.readouterr().err.splitlines()
+  # Nine prompts at two timesteps.
+  for name, total in (('anchors', 4), ('base', 18), ('dk_dm', 18)):
+    last = [line for line in told if line.startswith(f'diagnosis: {name} ')][-1]
+    assert f'{total}/{total}' in last
 
 
 @pytest.mark.parametrize(
@@ -399,6 +433,8 @@ def test_implicit_splits_only_evenly_spread():
     ({'timesteps': ['x']}, '--timesteps=x: write numbers with commas between'),
     ({'timesteps': ['2']}, 'give numbers above 0'),
     ({'prompts': 'nosuch.jsonl'}, 'no prompt file nosuch.jsonl'),
+    ({'model': 'tiny_flux'}, 'tiny_flux has no prompts of its own.* with --prompts=FILE'),
+    ({'prompts': 'one.jsonl'}, '--prompts=one.jsonl: .* 1 different explicit prompts'),
     ({'model': 'nosuch'}, '--model=nosuch is neither the workdir'),
     ({'output': 'file'}, 'Not a directory'),
   ],
@@ -406,6 +442,8 @@ def test_implicit_splits_only_evenly_spread():
 def test_command_refuses(options, words, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'file').touch()
+  pairs = [{'implicit': i, 'explicit': 'cat', 'split': 'fact'} for i in ('it purrs', 'it mews')]
+  (tmp_path / 'one.jsonl').write_text('\n'.join(map(json.dumps, pairs)))
   options = {'model': 'emoji_base', 'output': 'out', **options}
   with pytest.raises(UserError, match=words):
     diagnose_model(**options)

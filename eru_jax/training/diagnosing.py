@@ -1,10 +1,12 @@
 """What `python -m eru_jax.diagnose` does: a run's stages, or one model, compared from inside."""
 
 import json
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from eru_jax.data.pairs import by_split, read_prompt_file
+from eru_jax import distributed
+from eru_jax.data.pairs import KnowledgePair, by_split, read_prompt_file
 from eru_jax.errors import UserError
 from eru_jax.files import check_directory, replace_file
 from eru_jax.training.diagnosis import (
@@ -15,7 +17,8 @@ from eru_jax.training.diagnosis import (
   pairs_to_compare,
 )
 from eru_jax.training.report import write_diagnosis
-from eru_jax.training.restore import open_model, snapshots
+from eru_jax.training.report_structure import undefined
+from eru_jax.training.restore import open_model, read_config, snapshots
 from eru_jax.training.run import enable_compilation_cache
 
 
@@ -47,6 +50,11 @@ def diagnose_model(
   check_directory(directory)
   levels = _numbers(timesteps)
   given = None if prompts is None else read_prompt_file(pathlib.Path(prompts).expanduser())
+  # Whatever can be refused is refused before weights are read.
+  if given is None:
+    _check_has_prompts(model)
+  else:
+    _check_anchors(pairs_to_compare(by_split(given), max_prompts), f'--prompts={prompts}')
   texts = [text for pair in given or () for text in (pair.implicit, pair.explicit)]
   enable_compilation_cache()
   experiment, base, workdir = open_model(model, texts, mesh)
@@ -55,6 +63,7 @@ def diagnose_model(
   else:
     splits = by_split(given)
   groups = pairs_to_compare(splits, max_prompts)
+  _check_anchors(groups, f'--model={model} without --prompts')
   found = diagnose(experiment, snapshots(experiment, base, workdir), groups, levels, seed)
   replace_file(
     directory / 'diagnosis.json', (json.dumps(found.to_json(), indent=1) + '\n').encode()
@@ -63,6 +72,25 @@ def diagnose_model(
   print(describe(found), flush=True)
   print(f'Charts: {page}')
   return found
+
+
+def _check_has_prompts(model: str) -> None:
+  with distributed.main_first():
+    config, workdir = read_config(model)
+  if workdir is None and config.data.world == 'prompts' and not config.data.pairs:
+    raise UserError(
+      f'--model={model} has no prompts of its own to compare: name a JSON Lines file of knowledge '
+      'pairs with --prompts=FILE.'
+    )
+
+
+def _check_anchors(groups: Mapping[str, Sequence[KnowledgePair]], source: str) -> None:
+  count = len({pair.explicit for group in groups.values() for pair in group})
+  if count < 2:
+    raise UserError(
+      f'{source}: the pairs that ask implicitly have {count} different explicit prompts, and are '
+      'told apart by those: name a file with at least two of them with --prompts=FILE.'
+    )
 
 
 def _numbers(timesteps: Sequence[str | float]) -> tuple[float, ...]:
@@ -85,10 +113,18 @@ def describe(found: Diagnosis) -> str:
     f'{found.centre["image"][0].mean():.2f})',
     f'{"":24}' + ''.join(f'{stage:>14}' for stage in found.stages),
   ]
+  lacking = False
   for split, count in found.prompts.items():
     for measure in MEASURES:
       name = f'{split} ({count})' if measure == MEASURES[0] else ''
       values = [found.mean(split, stage, measure) for stage in found.stages]
-      shown = [f'{100 * v:.1f} %' if measure == 'retrieval' else f'{v:.2f}' for v in values]
+      lacking |= not all(map(math.isfinite, values))
+      shown = [_shown(value, measure) for value in values]
       lines.append(f'{name[:13]:14}{measure:10}' + ''.join(f'{text:>14}' for text in shown))
-  return '\n'.join(lines)
+  return '\n'.join(lines + [undefined(found)] * lacking)
+
+
+def _shown(value: float, measure: str) -> str:
+  if not math.isfinite(value):
+    return '–'
+  return f'{100 * value:.1f} %' if measure == 'retrieval' else f'{value:.2f}'

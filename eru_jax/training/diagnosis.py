@@ -19,13 +19,14 @@ import numpy as np
 
 from eru_jax import flow, sharding, similarity
 from eru_jax.data.pairs import EXPLICIT_SPLITS, KnowledgePair
-from eru_jax.distributed import to_host
+from eru_jax.distributed import is_main, to_host
 from eru_jax.errors import UserError
 from eru_jax.models.registry import DiffusionModel
 from eru_jax.rewards.emoji import TemplateJudge
 from eru_jax.training.batches import Rows, on_mesh
 from eru_jax.training.evaluation import SPLITS, draw, spread, start_noise
 from eru_jax.training.experiment import Experiment, Snapshot
+from eru_jax.training.progress import Progress
 from eru_jax.types import Conditioning
 
 PyTree = Any
@@ -162,7 +163,7 @@ def diagnose(
   for label, snapshot in stages:
     if base is None:
       states = shared_states(experiment, snapshot, anchors, timesteps, seed, judge)
-    blocks, features = prompt_features(experiment, snapshot, prompts, states, timesteps)
+    blocks, features = prompt_features(experiment, snapshot, prompts, states, timesteps, label)
     if base is None:
       base = _Anchors.of({s: x[:, :, : len(anchors)] for s, x in features.items()})
     for split, (of_prompt, own) in ((split, found.T) for split, found in rows.items()):
@@ -255,7 +256,15 @@ def shared_states(
   """
   drawn = [anchors[row] for row in spread(len(anchors), _AVERAGED)]
   noise = start_noise(base.model, seed, 'diagnosis', np.arange(len(drawn) + 1))
-  mean = draw(experiment, base, judge, drawn, noise[1:]).latents.mean(0)
+  size = min(experiment.config.evaluation.batch_size, len(drawn))
+  latents = []
+  with _progress(len(drawn), 'anchors') as progress:
+    for start in range(0, len(drawn), size):
+      rows = _batch(start, len(drawn), size)
+      part = draw(experiment, base, judge, [drawn[row] for row in rows], noise[1:][rows])
+      latents.append(part.latents[: len(drawn) - start])
+      progress.update(min(start + size, len(drawn)))
+  mean = np.concatenate(latents).mean(0)
   t = jnp.asarray(timesteps, jnp.float32)
   return np.asarray(flow.interpolate(jnp.asarray(mean)[None], noise[:1], t))
 
@@ -266,6 +275,7 @@ def prompt_features(
   prompts: Sequence[str],
   states: np.ndarray,
   timesteps: Sequence[float],
+  label: str = 'model',
 ) -> tuple[list[str], dict[str, np.ndarray]]:
   """Features of N prompts at T states.
 
@@ -275,23 +285,35 @@ def prompt_features(
     prompts: N prompts.
     states: (T, S, C), shared by all prompts.
     timesteps: (T,) of the states.
+    label: what the model is called where progress is shown.
 
   Returns:
     Names of the B blocks, and stream -> (T, B, N, W) float32.
   """
   text = experiment.text.index(prompts)
   size = min(experiment.config.evaluation.batch_size, len(prompts))
-  blocks, steps = [], []
-  for state, t in zip(states, timesteps, strict=True):
-    parts = []
-    for start in range(0, len(prompts), size):
-      # The last batch is filled up, so that one compiled program serves them all.
-      rows = np.resize(np.arange(start, min(start + size, len(prompts))), size)
-      found = _features(experiment, snapshot, state, t, Rows(experiment.text.take, text[rows]))
-      blocks, part = _in_order(snapshot.model, found)
-      parts.append({stream: x[:, : len(prompts) - start] for stream, x in part.items()})
-    steps.append({s: np.concatenate([part[s] for part in parts], axis=1) for s in STREAMS})
+  blocks, steps, done = [], [], 0
+  with _progress(len(timesteps) * len(prompts), label) as progress:
+    for state, t in zip(states, timesteps, strict=True):
+      parts = []
+      for start in range(0, len(prompts), size):
+        rows = _batch(start, len(prompts), size)
+        found = _features(experiment, snapshot, state, t, Rows(experiment.text.take, text[rows]))
+        blocks, part = _in_order(snapshot.model, found)
+        parts.append({stream: x[:, : len(prompts) - start] for stream, x in part.items()})
+        done += min(size, len(prompts) - start)
+        progress.update(done)
+      steps.append({s: np.concatenate([part[s] for part in parts], axis=1) for s in STREAMS})
   return blocks, {s: np.stack([step[s] for step in steps]) for s in STREAMS}
+
+
+def _batch(start: int, count: int, size: int) -> np.ndarray:
+  """Rows of a batch; the last is filled up, so that one compiled program serves them all."""
+  return np.resize(np.arange(start, min(start + size, count)), size)
+
+
+def _progress(total: int, what: str) -> Progress:
+  return Progress(total, f'diagnosis: {what}', quiet=not is_main())
 
 
 def _features(

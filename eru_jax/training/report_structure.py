@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from eru_jax.similarity import CKA_ROWS
 from eru_jax.training import curves
 from eru_jax.training.diagnosis import ANCHORS, MEASURES, Diagnosis
 from eru_jax.training.report_scores import SPLITS, STAGES, percent, table, text
@@ -35,6 +36,7 @@ def structure(diagnosis: Diagnosis | None) -> str:
 
 
 def _meaning(diagnosis: Diagnosis) -> str:
+  lacking = text(undefined(diagnosis))
   return (
     '<p>All prompts are given to the network on one and the same noised state, so that what '
     'differs inside (the residual stream after each block, averaged over tokens) is what the '
@@ -45,8 +47,25 @@ def _meaning(diagnosis: Diagnosis) -> str:
     '<p class="caveat">This says where prompts lead inside the network, not whether pictures are '
     'right. Distance, and with it the nearest anchor, also counts what all prompts have moved by '
     'together; CKA does not. The lower t is, the less is the common state like one that sampling '
-    'visits.</p>'
+    f'visits.{" " * bool(lacking)}{lacking}</p>'
   )
+
+
+def undefined(diagnosis: Diagnosis) -> str:
+  """Why some measures are shown as a dash, a sentence; '' if all are defined."""
+  lacking = {
+    split
+    for split in diagnosis.prompts
+    for values in diagnosis.values[split].values()
+    if not all(np.isfinite(x).all() for stream in values.values() for x in stream.values())
+  }
+  reasons = []
+  few = [f'{s} has {n}' for s, n in diagnosis.prompts.items() if s in lacking and n < CKA_ROWS]
+  if few:
+    reasons.append(f'CKA needs at least {CKA_ROWS} prompts, and {", ".join(few)}')
+  if len(lacking) > len(few):
+    reasons.append('features that are equal for all prompts, or not finite, have no structure')
+  return f'A dash is what is not defined: {"; ".join(reasons)}.' if reasons else ''
 
 
 def _legend(diagnosis: Diagnosis) -> str:
@@ -71,7 +90,8 @@ def _block_figures(diagnosis: Diagnosis) -> Iterator[str]:
     for stage in diagnosis.stages:
       y = diagnosis.values[split][stage]['image'][measure][0]
       lines.append(curves.Series(stage, np.arange(len(y)), y))
-      told.append(f'{STAGES.get(stage, stage)} from {y[0]:.2f} to {y[-1]:.2f}')
+      ends = f'from {y[0]:.2f} to {y[-1]:.2f}' if np.isfinite(y).all() else 'not defined'
+      told.append(f'{STAGES.get(stage, stage)} {ends}')
     description = f'{heading}, from the first block to the last: {"; ".join(told)}.'
     chart = curves.block_chart(
       lines, floors[measure], groups, description, percent=measure == 'retrieval'

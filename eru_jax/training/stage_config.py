@@ -201,13 +201,15 @@ class DkDmStageConfig(StageConfig):
   def __post_init__(self):
     super().__post_init__()
     sizes = (self.teacher_batch, self.rollouts, self.preservation_batch)
-    guided = self.guidance in dk_dm_variants.GUIDANCE
+    # The critic's loss compares whole fields.
+    guidance = [g for g in dk_dm_variants.GUIDANCE if (self.variant, g) != ('critic', 'branchwise')]
+    no_branches = ", as variant 'critic' has no branches to match"
     require(
       self,
       variant=one_of(self.variant, dk_dm_variants.VARIANTS),
       guidance=(
-        guided and (self.variant != 'critic' or self.guidance != 'branchwise'),
-        f"one of {', '.join(dk_dm_variants.GUIDANCE)}, and 'critic' has no branches to match",
+        self.guidance in guidance,
+        f'one of {", ".join(guidance)}' + no_branches * (self.guidance in dk_dm_variants.GUIDANCE),
       ),
       baked_scale=(self.baked_scale >= 0, 'zero or more'),
       time_weight=one_of(self.time_weight, dk_dm_variants.TIME_WEIGHTS),
