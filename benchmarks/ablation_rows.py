@@ -138,7 +138,7 @@ _NO_RL = (
     dynamics='sde',
     noise_level=0.7,
     **_AT_ONCE,
-  ),  # fmt: skip
+  ),
   _no_rl('AWM', 'advantage_weighted', reward_scale='group', positive_weight=1.0, **_AT_ONCE),
   _no_rl('negatives subset', 'negatives_subset'),
   _no_rl('N0', 'repulsion'),
@@ -183,7 +183,7 @@ ROWS = (
       'AWM',
       'negatives subset',
     ),
-  ),  # fmt: skip
+  ),
   *_elsewhere('NO-RL from the base', _BASE, ('N1', 'full NFT', 'positive-only NFT')),
   Row('1 wording', 'wordings', {'data.wordings_per_fact': 1}),
   Row('2 wordings', 'wordings', {'data.wordings_per_fact': 2}),
