@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from eru_jax.benchmarks.base import Question
 from eru_jax.data.pairs import KnowledgePair, without_article
+from eru_jax.data.spelling import singular
 
 THRESHOLD = 0.5
 # Longer explicit prompts describe a scene; shorter ones name what is asked for.
@@ -79,16 +80,11 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
   return len(first & second) / together if together else 0.0
 
 
-def _singular(word: str) -> str:
-  """A form that a noun's singular and its regular plural share: 'cherry' of 'cherries'."""
-  if len(word) > 3 and word.endswith('s') and not word.endswith(('ss', 'us', 'is')):
-    word = word[: -2 if word.endswith(('ches', 'shes', 'sses', 'xes', 'zes')) else -1]
-  return f'{word[:-2]}y' if word.endswith('ie') else word
-
-
 def plain(text: str) -> str:
   """A text's words in order, in a form to compare: singular, small letters, no punctuation."""
-  return ' '.join(map(_singular, _word_list(text)))
+  found = map(singular, _word_list(text))
+  # 'movies' may be those of a 'movie' or, by rule, of a 'movy'.
+  return ' '.join(f'{word[:-2]}y' if word.endswith('ie') else word for word in found)
 
 
 def entity(text: str) -> str:

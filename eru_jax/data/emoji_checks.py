@@ -191,7 +191,7 @@ def overlap(a: str, b: str) -> float:
 
 
 def _content(text: str) -> set[str]:
-  return {_singular(word) for word in _words(text) if word not in _FUNCTION_WORDS}
+  return {spelling.singular(word) for word in _words(text) if word not in _FUNCTION_WORDS}
 
 
 def leak(name: str, prompt: str) -> str | None:
@@ -209,7 +209,7 @@ def leak(name: str, prompt: str) -> str | None:
     # The last letter of a long word is the ending's ('tomat-o', 'tomat-ina').
     stem = word[:-1] if len(word) >= 6 else word
     for prompt_word in prompt_words:
-      if prompt_word in forms or _singular(prompt_word) in forms:
+      if prompt_word in forms or spelling.singular(prompt_word) in forms:
         return prompt_word
       if len(word) >= 4 and prompt_word.startswith(stem):
         return prompt_word
@@ -219,7 +219,7 @@ def leak(name: str, prompt: str) -> str | None:
 
 
 def _forms(word: str) -> set[str]:
-  stem = _singular(word)
+  stem = spelling.singular(word)
   roots = {stem, stem + stem[-1]}  # 'bagged'
   if len(stem) > 3 and stem[-1] in 'aeiouy':
     roots.add(stem[:-1])  # 'Kenyan', 'Italian', and 'smiling' for 'smile'
@@ -236,16 +236,6 @@ def _forms(word: str) -> set[str]:
 def _words(text: str) -> list[str]:
   text = unicodedata.normalize('NFC', text).casefold()
   return re.findall(r'\w+', re.sub(r"[’']s\b", '', text))
-
-
-def _singular(word: str) -> str:
-  if word.endswith('ies') and len(word) > 5:
-    return word[:-3] + 'y'
-  if word.endswith(('ches', 'shes', 'sses', 'xes', 'oes')) and len(word) > 4:
-    return word[:-2]
-  if word.endswith('s') and not word.endswith('ss') and len(word) > 3:
-    return word[:-1]
-  return word
 
 
 def _key(text: str) -> str:

@@ -57,3 +57,14 @@ def misspelt(text: str, known: Container[str], listed: Container[str]) -> list[s
     return word in listed or word.casefold() in listed or word.casefold() in known
 
   return [w for w in words(text) if not is_right(w) and not is_right(w.removesuffix("'s"))]
+
+
+def singular(word: str) -> str:
+  """A noun in small letters without its regular plural's ending."""
+  if word.endswith('ies') and len(word) > 5:
+    return word[:-3] + 'y'
+  if word.endswith(('ches', 'shes', 'sses', 'xes', 'oes')) and len(word) > 4:
+    return word[:-2]
+  if word.endswith('s') and not word.endswith('ss') and len(word) > 3:
+    return word[:-1]
+  return word
