@@ -109,8 +109,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     for name, value in dict(headers).items():
       self.send_header(name, value)
     self.send_header('Content-Length', str(len(data)))
+    self.no_longer_busy()  # The client may ask again before this thread is next.
     self.end_headers()
     self.wfile.write(data)
+
+  def no_longer_busy(self):
+    with self.server.owner.lock:
+      self.server.owner.busy -= self.busy
+      self.busy = 0
 
   def do_POST(self):
     body = self.rfile.read(int(self.headers['Content-Length']))
@@ -119,6 +125,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     with owner.lock:
       owner.requests.append(request)
       owner.times.append(time.monotonic())
+      self.busy = 1
       owner.busy += 1
       owner.most = max(owner.most, owner.busy)
       act = owner.script.pop(0) if owner.script else owner.usual
@@ -127,8 +134,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.request_seen = request
         act(self)
     finally:
-      with owner.lock:
-        owner.busy -= 1
+      self.no_longer_busy()
 
 
 class _Listener(http.server.ThreadingHTTPServer):
