@@ -15,6 +15,7 @@ import pathlib
 import time
 
 import numpy as np
+from ablation_bias import make_biased_base
 from ablation_results import SPLITS, draw_curves, summarise, table
 from ablation_rows import COMMON, chosen_rows, compared_with, config_of, slug
 from absl import app, flags
@@ -47,7 +48,10 @@ def made_with(config, row):
   from eru_jax.training.config import to_json
 
   facts = hashlib.sha256(FACTS_FILE.read_bytes()).hexdigest()
-  return json.loads(json.dumps({'config': to_json(config), 'start': row.start, 'facts': facts}))
+  # The directory of the biased base is nothing that scores depend on.
+  biased = {'base': 'biased', 'copies': row.copies} if row.biased else {}
+  made = {'config': to_json(config), 'start': row.start, 'facts': facts, **biased}
+  return json.loads(json.dumps(made))
 
 
 def diversity(experiment, snapshot, judge):
@@ -67,22 +71,33 @@ def diversity(experiment, snapshot, judge):
   return float(np.mean(distances))
 
 
-def measure(experiment, snapshot, judge, base):
-  """{'right': {split: '0110...'}, 'drift', 'diversity'}, and the pictures of unrelated prompts."""
+def measure(experiment, snapshot, judge, base, copies=1):
+  """A model's scores, and the pictures of unrelated prompts.
+
+  Args:
+    experiment, snapshot, judge: what draws and judges.
+    base: the base's pictures of unrelated prompts, None for the base.
+    copies: pictures of each prompt.
+
+  Returns:
+    {'right': {split: '0110...'}, 'drift', 'diversity'}; of several copies of a prompt, the digit
+    says how many are right, and 'copies' how many there are.
+  """
   from eru_jax.training.evaluation import generate, selected
 
   right, unrelated = {}, None
   for split in SPLITS:
     pairs, answers = selected(experiment, split)
-    prompts = [pair.implicit for pair in pairs]
+    prompts = [pair.implicit for pair in pairs for _ in range(copies)]
     drawn = generate(experiment, snapshot, judge, prompts, split)
-    right[split] = ''.join('01'[int(x)] for x in drawn.shown == answers)
+    hits = (drawn.shown == np.repeat(answers, copies)).reshape(-1, copies).sum(1)
+    right[split] = ''.join(map(str, hits))
     if split == 'unrelated':
       unrelated = drawn.images.astype(np.float32) / 255
   before = unrelated if base is None else base
   drift = float(np.sqrt(np.mean(np.square(unrelated - before), axis=(1, 2, 3))).mean())
   scores = {'right': right, 'drift': drift, 'diversity': diversity(experiment, snapshot, judge)}
-  return scores, unrelated
+  return scores | ({'copies': copies} if copies > 1 else {}), unrelated
 
 
 class Runner:
@@ -113,19 +128,20 @@ class Runner:
     from eru_jax.rewards.emoji import TemplateJudge
     from eru_jax.training.experiment import open_experiment
 
-    config = config_of(row, seed, self._quick)
+    source = make_biased_base(self._root, self._quick) if row.biased else None
+    config = config_of(row, seed, self._quick, source)
     mesh = sharding.make_mesh(config.mesh)
     experiment, snapshot = open_experiment(config, mesh)
     judge = TemplateJudge(experiment.world.pictures.images)
-    key = repr((config.data, config.sampling, config.evaluation))
+    key = repr((config.model, config.data, config.sampling, config.evaluation))
     with sharding.use_mesh(mesh):
       if key not in self._base:
-        self._base[key] = measure(experiment, snapshot, judge, None)
+        self._base[key] = measure(experiment, snapshot, judge, None, row.copies)
       scores, unrelated = self._base[key]
       if row.group == 'base':
         return {**scores, 'seconds': 0.0}
       snapshot, seconds = self._train(row, seed, directory, experiment, snapshot)
-      scores, _ = measure(experiment, snapshot, judge, unrelated)
+      scores, _ = measure(experiment, snapshot, judge, unrelated, row.copies)
     return {**scores, 'seconds': seconds}
 
   def _train(self, row, seed, directory, experiment, snapshot):

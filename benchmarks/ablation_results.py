@@ -3,6 +3,7 @@
 import numpy as np
 
 SPLITS = ('train', 'wording', 'fact', 'explicit', 'unrelated')
+GAINS = {'gain': 'wording', 'gain explicit': 'explicit'}
 
 
 def resampled(verdicts, draws=2000):
@@ -17,7 +18,10 @@ def resampled(verdicts, draws=2000):
 
 
 def _verdicts(per_seed, split):
-  return np.array([[int(c) for c in scores['right'][split]] for scores in per_seed])
+  """(seeds, prompts) shares of right pictures."""
+  return np.array(
+    [[int(c) / scores.get('copies', 1) for c in scores['right'][split]] for scores in per_seed]
+  )
 
 
 def summarise(per_seed, reference=()):
@@ -29,16 +33,18 @@ def summarise(per_seed, reference=()):
       has one for all.
 
   Returns:
-    {split: [mean, low, high, sd over seeds], 'drift', 'diversity', 'seconds', 'seeds'}, and of
-    unseen wordings, prompt by prompt, 'gain': [mean, low, high] over the reference.
+    {split: [mean, low, high, sd over seeds], 'drift', 'diversity', 'seconds', 'seeds'}, and over
+    the reference, prompt by prompt, [mean, low, high] as 'gain' of unseen wordings and
+    'gain explicit' of the names.
   """
   result = {'seeds': len(per_seed)}
-  if reference:
-    before = _verdicts(reference, 'wording')
-    if len(before) == 1:
-      before = np.repeat(before, len(per_seed), axis=0)
-    both = min(len(before), len(per_seed))
-    result['gain'] = resampled(_verdicts(per_seed, 'wording')[:both] - before[:both])
+  for name, split in GAINS.items():
+    if reference:
+      before = _verdicts(reference, split)
+      if len(before) == 1:
+        before = np.repeat(before, len(per_seed), axis=0)
+      both = min(len(before), len(per_seed))
+      result[name] = resampled(_verdicts(per_seed, split)[:both] - before[:both])
   for split in SPLITS:
     verdicts = _verdicts(per_seed, split)
     deviation = float(verdicts.mean(1).std(ddof=1)) if len(per_seed) > 1 else None
@@ -52,30 +58,40 @@ def summarise(per_seed, reference=()):
 
 def table(rows, summaries):
   """Markdown, one table a group."""
-  columns = ('seeds', 'unseen wordings', 'gain', 'trained', 'new facts', 'explicit', 'unrelated')
-  head = f'| | {" | ".join(columns)} | drift | diversity | processor s |'
   lines = []
   for group in dict.fromkeys(row.group for row in rows if row.name in summaries):
-    lines += ['', f'**{group}**', '', head, '|---|' + '---|' * 10]
+    # Names are what is to be corrected where anchors are biased; elsewhere they are right.
+    biased = any(row.biased for row in rows if row.group == group and row.group != 'base')
+    columns = ['seeds', 'unseen wordings', 'gain', 'trained', 'new facts', 'explicit']
+    columns += ['gain'] * biased + ['unrelated', 'drift', 'diversity', 'processor s']
+    lines += [
+      '',
+      f'**{group}**',
+      '',
+      f'| | {" | ".join(columns)} |',
+      '|---' * (len(columns) + 1) + '|',
+    ]
     for row in rows:
       if row.group != group or row.name not in summaries:
         continue
       found = summaries[row.name]
       mean, low, high, deviation = found['wording']
       spread = '' if deviation is None else f' ± {100 * deviation:.1f}'
-      cells = [f'{100 * mean:.1f}{spread} ({100 * low:.0f}-{100 * high:.0f})', _gain(found)]
+      cells = [f'{100 * mean:.1f}{spread} ({100 * low:.0f}-{100 * high:.0f})', _gain(found, 'gain')]
       for split in ('train', 'fact', 'explicit', 'unrelated'):
         mean, low, high, _ = (None if x is None else 100 * x for x in found[split])
         cells.append(f'{mean:.1f} ({low:.0f}-{high:.0f})')
+        if biased and split == 'explicit':
+          cells.append(_gain(found, 'gain explicit'))
       cells += [f'{found["drift"]:.3f}', f'{found["diversity"]:.3f}', f'{found["seconds"]:.0f}']
       lines.append(f'| {row.name} | {found["seeds"]} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines[1:]) + '\n'
 
 
-def _gain(found):
-  if 'gain' not in found:
+def _gain(found, name):
+  if name not in found:
     return ''
-  mean, low, high = (100 * x for x in found['gain'])
+  mean, low, high = (100 * x for x in found[name])
   return f'{mean:+.1f} ({low:+.0f} to {high:+.0f})'
 
 

@@ -22,12 +22,16 @@ class Row:
     group: its table.
     values: dotted config keys that differ from the common ones.
     start: 'base', or the row whose DK-DM result NO-RL begins with.
+    biased: whether the base is the one of `ablation_bias.py`, and not the shipped one.
+    copies: pictures of each prompt that are judged, 1 to 9.
   """
 
   name: str
   group: str
   values: Mapping[str, Any]
   start: str = 'base'
+  biased: bool = False
+  copies: int = 1
 
 
 _CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'emoji.py'
@@ -57,6 +61,21 @@ COMMON = {
 # As many states, of as many prompts, as the teacher's pictures give elsewhere.
 _ROLLOUTS = {'dk_dm.rollouts': 32, 'dk_dm.states_per_rollout': 1}
 _EVERYWHERE = '.*'
+# Of anchors that are right now and wrong then, one picture says nothing.
+BIASED = {
+  'data.max_facts': 12,
+  'evaluation.max_prompts': 48,
+  'dk_dm.num_steps': 40,
+  'dk_dm.teacher_seeds': 8,
+}
+# Three times the pictures of a quarter of the prompts, drawn as the sampler that is measured does.
+_CORRECTION = {
+  'num_steps': 48,
+  'images_per_prompt': 8,
+  'explicit_share': 0.5,
+  'cfg_scale': 3.0,
+  'advantage_clip': 1.0,
+}
 _CONTEXT = 'context_embedder|add_[qkv]_proj|to_add_out|ff_context|norm1_context'
 
 
@@ -99,12 +118,27 @@ def _elsewhere(group: str, start: Row, names: tuple[str, ...]) -> tuple[Row, ...
   )
 
 
+def _biased(name: str, variant: str, **values: Any) -> Row:
+  options = {f'no_rl.{key}': value for key, value in {**_CORRECTION, **values}.items()}
+  return Row(
+    f'{name}, biased anchors',
+    'NO-RL, biased anchors',
+    {**BIASED, 'no_rl.variant': variant, **options},
+    _TORN.name,
+    biased=True,
+    copies=_TORN.copies,
+  )
+
+
 # Policy gradients follow the policy at once, as their authors have it.
 _AT_ONCE = {'behaviour_cap': 0.0}
 
 _BASE = Row('base', 'base', {})
 # Knows half of its prompts, so that NO-RL has mistakes to learn from.
 _HALF = Row('mixture, 40 steps', 'DK-DM', {'dk_dm.num_steps': 40})
+
+# Has learnt of anchors that are wrong as often as right.
+_TORN = Row('mixture, biased anchors', 'DK-DM, biased anchors', {**BIASED}, biased=True, copies=4)
 
 _NO_RL = (
   _no_rl('N1', 'negative_only'),
@@ -185,6 +219,21 @@ ROWS = (
     ),
   ),
   *_elsewhere('NO-RL from the base', _BASE, ('N1', 'full NFT', 'positive-only NFT')),
+  Row('biased base', 'base', {**BIASED}, biased=True, copies=_TORN.copies),
+  _TORN,
+  dataclasses.replace(
+    _TORN, name='mixture, 80 steps, biased anchors', values={**BIASED, 'dk_dm.num_steps': 80}
+  ),
+  _biased('N1', 'negative_only'),
+  _biased('N1, group-normalised', 'negative_only', reward_scale='group'),
+  _biased(
+    'N1, group-normalised, no KL', 'negative_only', reward_scale='group', reference_weight=0.0
+  ),
+  _biased('N1, group-normalised, unguided', 'negative_only', reward_scale='group', cfg_scale=1.0),
+  _biased('N2, group-normalised', 'anchored_negatives', reward_scale='group'),
+  _biased('positive-only NFT, group-normalised', 'positive_only', reward_scale='group'),
+  _biased('full NFT', 'nft'),
+  _biased('DiffusionNFT', 'nft', reward_scale='group', nft_weights='branch'),
   Row('1 wording', 'wordings', {'data.wordings_per_fact': 1}),
   Row('2 wordings', 'wordings', {'data.wordings_per_fact': 2}),
   Row('4 wordings', 'wordings', {'data.wordings_per_fact': 4}),
@@ -200,20 +249,27 @@ ROWS = (
 )
 
 
-def config_of(row, seed, quick=False):
-  """The row's config, resolved."""
+def config_values(quick, **flat):
+  """The emoji config with the common budget and dotted keys, as data."""
   from eru_jax.config_file import load_config
-  from eru_jax.training.config import ExperimentConfig, from_mapping
-  from eru_jax.training.experiment import resolve
 
   values = load_config(str(_CONFIG), {})
-  flat = {**COMMON, **row.values, **(_QUICK_VALUES if quick else {}), 'seed': seed}
-  for key, value in flat.items():
+  for key, value in {**COMMON, **flat, **(_QUICK_VALUES if quick else {})}.items():
     *path, last = key.split('.')
     section = values
     for part in path:
       section = section.setdefault(part, {})
     section[last] = value
+  return values
+
+
+def config_of(row, seed, quick=False, source=None):
+  """The row's config, resolved; `source` is the base's directory if it is not the shipped one."""
+  from eru_jax.training.config import ExperimentConfig, from_mapping
+  from eru_jax.training.experiment import resolve
+
+  own = {} if source is None else {'model.source': str(source)}
+  values = config_values(quick, **row.values, **own, seed=seed)
   no_rl = row.group.startswith('NO-RL')
   values['stages'] = ('no_rl',) if no_rl else ('dk_dm',)
   if no_rl and row.start != 'base':
@@ -225,6 +281,8 @@ def compared_with(row):
   """The name of the row whose pictures of the same prompts a row's are held against, or None."""
   if row.group.startswith('NO-RL'):
     return row.start
+  if row.biased:
+    return _TORN.name if row.name not in (_TORN.name, 'biased base') else None
   # Other numbers of facts have other prompts.
   return None if row.group in ('base', 'facts') or row.name == 'mixture' else 'mixture'
 

@@ -32,7 +32,7 @@ def test_every_row_is_a_config_of_its_own(modules):
     config = rows.config_of(row, seed=3)
     assert config.seed == 3
     assert row.start == 'base' or row.start in names[:i]
-    if row.name not in ('base', 'mixture'):
+    if row.group != 'base':
       key = json.dumps(to_json(config), sort_keys=True)
       assert key not in seen, (row.name, seen[key])
       seen[key] = row.name
@@ -92,9 +92,36 @@ def test_gains_are_of_the_same_prompts(modules):
   start = {row.name: rows.compared_with(row) for row in rows.ROWS}
   assert start['N1'] == start['b1, on-policy'] == start['1 wording'] == 'mixture'
   assert start['N1 from the base'] == 'base' and start['N1 from 40 steps'] == 'mixture, 40 steps'
-  assert start['base'] is start['mixture'] is start['12 facts'] is None
+  assert start['N1, biased anchors'] == 'mixture, biased anchors'
+  assert start['base'] is start['biased base'] is start['mixture'] is start['12 facts'] is None
   found = {'N1': results.summarise(scores('0111', '1110'), scores('0011', '1100'))}
   assert '| +25.0 (' in results.table(rows.ROWS, found)
+
+
+def test_several_pictures_of_a_prompt_are_a_share(modules):
+  results, rows = modules
+  one = {'right': dict.fromkeys(results.SPLITS, '04'), 'drift': 0.0, 'diversity': 0.0,
+         'seconds': 1.0, 'copies': 4}  # fmt: skip
+  better = {**one, 'right': {**one['right'], 'explicit': '24'}}
+  found = results.summarise([better], [one])
+  assert found['wording'][0] == 0.5 and found['explicit'][0] == 0.75
+  assert found['gain'][0] == 0 and found['gain explicit'][0] == 0.25
+  name = 'N1, biased anchors'
+  head, _, row = results.table(rows.ROWS, {name: found}).splitlines()[2:]
+  assert head.count('gain') == 2 and '| 75.0 (50-100) | +25.0 (+0 to +50) |' in row
+  assert head.count('|') == row.count('|')
+  assert results.table(rows.ROWS, {'mixture': found}).count('gain') == 1
+
+
+def test_biased_names_lead_as_often_elsewhere(modules):
+  del modules
+  bias = importlib.import_module('ablation_bias')
+  pairs = bias.biased_pairs(['cat', 'dog', 'owl'])
+  shown = {
+    name: [p.explicit for p in pairs if p.implicit == name] for name in ('cat', 'dog', 'owl')
+  }
+  assert shown == {'cat': ['cat', 'dog'], 'dog': ['dog', 'owl'], 'owl': ['owl', 'cat']}
+  assert len({pair.id for pair in pairs}) == 6
 
 
 def test_models_that_rows_begin_with_are_rows(modules):
@@ -104,6 +131,7 @@ def test_models_that_rows_begin_with_are_rows(modules):
     start = rows.config_of(by_name[row.start], seed=0)
     mine = rows.config_of(row, seed=0)
     if row.start != 'base':
+      assert row.biased == by_name[row.start].biased
       assert mine.dk_dm == start.dk_dm and mine.data == start.data, row.name
 
 
@@ -152,11 +180,12 @@ def test_rows_train_and_are_not_trained_twice(emoji_cache, tmp_path):
     f'--output={tmp_path / "out"}',
     '--quick',
     '--seeds=1',
-    '--rows=base,mixture,"mixture, 40 steps",c,N1 from,N5 from',
+    '--rows=base,mixture,"mixture, 40 steps",c,N1 from,N5 from,'
+    '"biased base","mixture, biased anchors","N1, biased anchors"',
   ]
   first = subprocess.run(command, capture_output=True, text=True, check=True)
   scores = {p: p.read_bytes() for p in (tmp_path / 'work').glob('*/scores.json')}
-  assert len(scores) == 8
+  assert len(scores) == 11
   second = subprocess.run(command, capture_output=True, text=True, check=True)
   assert json.loads(first.stdout.splitlines()[-1]) == json.loads(second.stdout.splitlines()[-1])
   assert all(path.read_bytes() == old for path, old in scores.items())
