@@ -1,13 +1,21 @@
 """What the commands have in common: quick flags, one-sentence errors, no noise."""
 
+import _thread
+import contextlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TextIO
 
 from absl import app, flags, logging
 
-from eru_jax.errors import UserError, full_disk
+from eru_jax.errors import UserError, causes, full_disk
+from eru_jax.files import remove_unfinished
 
 _OVERRIDE = 'config.'
 
@@ -16,7 +24,8 @@ def run(main: Callable[[], None]) -> None:
   """Runs a command: flags are parsed first, then `main` may import what is slow.
 
   A UserError becomes one line on stderr, with one more for each thing it lists, and exit status 2;
-  so does a bad flag or config file, and a file that the system refuses to open or write.
+  so does a bad flag or config file, and a file that the system refuses to open or write. Ctrl-C
+  becomes one line too, with exit status 130.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.use_absl_handler()
@@ -27,13 +36,108 @@ def run(main: Callable[[], None]) -> None:
       fail(f'unexpected argument {argv[1]!r}; every option is a --flag, see --help')
     try:
       main()
-    except (UserError, OSError, KeyboardInterrupt) as error:
+    except SystemExit as error:
+      if getattr(error, 'told', False):
+        leave(status=error.code)
+      raise
+    except BaseException as error:
+      sys.excepthook = sys.__excepthook__
+      # Orbax turns it into an error of its own.
+      if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+        message, status = explain(KeyboardInterrupt())
+        leave(f'error: {message}', status, sys.stderr)
       found = explain(error)
       if found is None:
         raise
       fail(*found, details=getattr(error, 'details', ()))
 
-  app.run(wrapped, flags_parser=_parse_flags)
+  with _heard_interrupts():
+    app.run(wrapped, flags_parser=_parse_flags)
+
+
+def leave(message: str = '', status: int = 0, stream: TextIO | None = None) -> NoReturn:
+  """Ends the process where it is: nothing is unwound or waited for, and no exit handler runs.
+
+  Python's own end first waits for every computation that JAX has queued, minutes for a large model,
+  and takes down what they still use: that may end in a crash instead of the status. Half-written
+  files of this process are removed. May be called in a signal handler.
+
+  Args:
+    message: for people, on a line of its own.
+    status: of the process.
+    stream: where to print, by default the stdout that the process began with: the one of the moment
+      may be silenced.
+  """
+  for number in (signal.SIGINT, signal.SIGTERM):
+    with contextlib.suppress(ValueError):  # not the main thread
+      signal.signal(number, signal.SIG_IGN)
+  stream = sys.__stdout__ if stream is None else stream
+  try:
+    if message and stream is not None:
+      print(message, file=stream, flush=True)
+  except RuntimeError:  # The handler came in the middle of such a call.
+    with contextlib.suppress(OSError, ValueError):
+      os.write(stream.fileno(), f'{message}\n'.encode())
+  except (OSError, ValueError):
+    pass  # Nobody listens any more.
+  for each in (sys.stdout, sys.stderr):
+    with contextlib.suppress(RuntimeError, OSError, ValueError):
+      each.flush()
+  remove_unfinished()
+  os._exit(status)
+
+
+class _Interrupt(KeyboardInterrupt):
+  """A Ctrl-C that is repeated if it comes to nothing.
+
+  Python prints and forgets an exception that is raised in a destructor or callback, and compiled
+  code may clear it. JAX has a callback for every garbage collection, and signals that arrive during
+  a computation are often heard there.
+  """
+
+  def __del__(self):
+    # `run` ends the process while it holds the exception. A plain thread: `threading` takes locks,
+    # which the main thread may hold here.
+    with contextlib.suppress(RuntimeError):
+      _thread.start_new_thread(_interrupt_soon, ())
+
+
+@contextlib.contextmanager
+def _heard_interrupts() -> Iterator[None]:
+  """Within it Ctrl-C ends the process, wherever it comes."""
+  before, hooks = signal.getsignal(signal.SIGINT), (sys.unraisablehook, sys.excepthook)
+  if before is not signal.default_int_handler:
+    # Ignored, as in what a script's shell starts in the background: that is meant.
+    yield
+    return
+  signal.signal(signal.SIGINT, _interrupt)
+  sys.unraisablehook = _unraisable
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
+    sys.unraisablehook, sys.excepthook = hooks
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
+  del number, frame
+  # On the way out, TensorStore complains that the event loop is gone to which it would report.
+  sys.excepthook = _say_nothing
+  raise _Interrupt
+
+
+def _interrupt_soon() -> None:
+  time.sleep(0.02)
+  signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def _say_nothing(*unused: Any) -> None:
+  pass
+
+
+def _unraisable(found: 'sys.UnraisableHookArgs') -> None:
+  if found.exc_type is not _Interrupt:
+    sys.__unraisablehook__(found)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

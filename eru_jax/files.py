@@ -5,9 +5,13 @@ import os
 import pathlib
 import secrets
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from eru_jax.errors import UserError
+
+# Temporary files of this process that have not got their names yet.
+_unfinished: set[pathlib.Path] = set()
 
 
 def replace_file(path: str | os.PathLike, data: bytes) -> None:
@@ -17,23 +21,47 @@ def replace_file(path: str | os.PathLike, data: bytes) -> None:
     UserError: if it cannot be written.
   """
   path = pathlib.Path(path)
-  temporary = temporary_name(path)
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, 'wb') as file:
+    with replacing(path) as temporary, open(temporary, 'wb') as file:
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
-    os.replace(temporary, path)
   except OSError as error:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
     raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
 
 
-def temporary_name(path: pathlib.Path) -> pathlib.Path:
-  """A name beside the path's that no other process uses, not even of another host."""
-  return path.with_name(f'{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a file that is written in the block its name when the block is over.
+
+  An exception, Ctrl-C among them, removes it; a kill leaves it behind under its temporary name.
+
+  Args:
+    path: where the file is to be; its directory is made.
+
+  Yields:
+    Where to write: beside it, under a name that no other process uses, not even of another host.
+
+  Raises:
+    OSError: if it cannot be renamed.
+  """
+  temporary = path.with_name(f'{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
+  _unfinished.add(temporary)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    os.replace(temporary, path)
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    _unfinished.discard(temporary)
+
+
+def remove_unfinished() -> None:
+  """Removes what `replacing` has not renamed yet; for a process that ends without unwinding."""
+  for temporary in list(_unfinished):
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
 
 
 def as_path(path: str | os.PathLike) -> Any:

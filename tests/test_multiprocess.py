@@ -292,13 +292,21 @@ def test_rows_are_read_once_and_lie_where_the_batch_does():
   assert batch['text']['x'].sharding.spec == sharding.P(('data', 'fsdp'))
 
 
-def test_sigterm_between_two_loops_ends_a_single_process_at_once(capsys):
+class _Left(BaseException):
+  pass
+
+
+def test_sigterm_between_two_loops_ends_a_single_process_at_once(capsys, monkeypatch):
+  def leave(message):
+    raise _Left(message)
+
+  monkeypatch.setattr(watch.commands, 'leave', leave)
   before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(SystemExit) as caught, watch.watching():
-    watch.mark('load')
-    signal.raise_signal(signal.SIGTERM)
-  assert caught.value.code == 0
-  assert capsys.readouterr().out == 'stopped at load; the same command continues\n'
+  with pytest.raises(_Left, match='^stopped at load; the same command continues$'):
+    with watch.watching():
+      watch.mark('load')
+      signal.raise_signal(signal.SIGTERM)
+  assert capsys.readouterr().out == ''
   with pytest.raises(SystemExit), watch.watching() as outer, watch.watching() as inner:
     assert inner is outer and not inner.tick('step 1')
     signal.raise_signal(signal.SIGTERM)  # noticed, and heeded at the next tick
@@ -306,6 +314,12 @@ def test_sigterm_between_two_loops_ends_a_single_process_at_once(capsys):
     watch.tick('step 2')
   assert signal.getsignal(signal.SIGTERM) == before
   assert capsys.readouterr().out == 'stopped after step 2; the same command continues\n'
+  with pytest.raises(SystemExit) as caught, watch.watching() as outer:
+    outer.tick('step 3')
+    signal.raise_signal(signal.SIGTERM)
+    outer.rest()  # there is no tick to heed it any more
+  assert caught.value.code == 0 and caught.value.told
+  assert capsys.readouterr().out == 'stopped after step 3; the same command continues\n'
 
 
 def test_time_outs_are_checked():

@@ -313,6 +313,39 @@ def test_sigterm_saves_leaves_quietly_and_resumes_exactly(unbroken, tmp_path):
   assert_same_run(workdir, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_in_its_diagnosis_goes_on_there(number, tiny_config, tmp_path):
+  """`timeout` sends SIGTERM twice, here while no loop runs that could heed it."""
+  tiny_config['stages'] = ('dk_dm',)
+  tiny_config['evaluation'] |= dict(diagnosis=4)
+  workdir = tmp_path / 'stopped'
+  arguments = command(tiny_config, workdir, tmp_path)
+  # Shells' background jobs ignore Ctrl-C, and hand that on.
+  code = (
+    'import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
+    'runpy.run_module("eru_jax.train", run_name="__main__")'
+  )
+  process = launch([sys.executable, '-c', code, *arguments[3:]])
+  before = ''
+  while 'diagnosis: base' not in before:
+    line = process.stdout.readline()
+    assert line, before
+    before += line
+  process.send_signal(number)
+  if number == signal.SIGTERM:
+    process.send_signal(number)
+  output, _ = process.communicate(timeout=120)
+  words = 'error: interrupted; run' if number == signal.SIGINT else 'stopped at the features of '
+  assert process.returncode == (130 if number == signal.SIGINT else 0), output
+  assert sum(words in line for line in output.splitlines()) == 1, output
+  assert not re.search('Traceback|ignored|Fatal|Segmentation', output), output
+  assert not (workdir / 'diagnosis.json').exists() and not list(workdir.rglob('*.tmp'))
+  again = to_the_end(arguments)
+  assert 'loss' not in again and 'diagnosis: base' in again
+  assert (workdir / 'diagnosis.json').is_file() and (workdir / 'report.html').is_file()
+
+
 def shipped(tiny_config):
   """The recipe of configs/emoji.py: Muon, moving averages, microbatches.
 
@@ -330,6 +363,7 @@ def shipped(tiny_config):
 @pytest.mark.parametrize('recipe', ['shipped', 'whole'])
 def test_run_resumed_in_process_ends_as_an_unbroken_one(recipe, tiny_config, tmp_path, monkeypatch):
   """SIGTERM at a known iteration of either stage."""
+  from eru_jax import commands
   from eru_jax.training import loop
 
   if recipe == 'shipped':
@@ -337,6 +371,10 @@ def test_run_resumed_in_process_ends_as_an_unbroken_one(recipe, tiny_config, tmp
   start(tiny_config, tmp_path / 'unbroken')
   flush = loop.MetricWriter.write
 
+  def leave(message):  # would end these tests too
+    raise SystemExit(0)
+
+  monkeypatch.setattr(commands, 'leave', leave)
   for stage, step in (('dk_dm', 3), ('dk_dm', 6), ('no_rl', 1)):
 
     def write(self, name, done, values, at=(stage, step)):

@@ -22,7 +22,7 @@ from absl import logging
 
 from eru_jax.data.text_encoder import check_prompts
 from eru_jax.errors import UserError
-from eru_jax.files import replace_file, temporary_name
+from eru_jax.files import replace_file, replacing
 from eru_jax.types import Conditioning
 
 # Of FLUX.1, half a gigabyte in float32.
@@ -257,15 +257,13 @@ class EmbeddingCache:
     rows = [jax.tree.map(lambda x, i=i: np.asarray(x[i]), fresh) for i in range(len(prompts))]
     name = hashlib.sha256('\n'.join(prompts).encode()).hexdigest()[:16]
     path = self._directory / f'{name}.array_record'
-    temporary = temporary_name(path)
     try:
-      writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER)
-      for prompt, row in zip(prompts, rows, strict=True):
-        writer.write(_pack(prompt, row))
-      writer.close()
-      os.replace(temporary, path)
+      with replacing(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER)
+        for prompt, row in zip(prompts, rows, strict=True):
+          writer.write(_pack(prompt, row))
+        writer.close()
     except (OSError, RuntimeError, ValueError) as error:
-      temporary.unlink(missing_ok=True)
       raise UserError(
         f'The embedding cache {self._directory} cannot be written ({error}): free some space, or '
         'set ERU_JAX_CACHE to another directory.'

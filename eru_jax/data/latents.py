@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from eru_jax.errors import UserError
-from eru_jax.files import temporary_name
+from eru_jax.files import replacing
 
 _GROUP = 'group_size:1'
 
@@ -60,18 +60,14 @@ def write_latents(path: str | os.PathLike, latents: Iterable[np.ndarray]) -> Non
   from array_record.python import array_record_module
 
   path = pathlib.Path(path)
-  temporary = temporary_name(path)
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = array_record_module.ArrayRecordWriter(str(temporary), _GROUP)
-    for one in latents:
-      writer.write(np.asarray(one, np.float32).tobytes())
-    writer.close()
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+      writer = array_record_module.ArrayRecordWriter(str(temporary), _GROUP)
+      for one in latents:
+        writer.write(np.asarray(one, np.float32).tobytes())
+      writer.close()
   except (OSError, RuntimeError) as error:
     raise UserError(
       f'The latents {path} cannot be written ({error}): free some space, or set ERU_JAX_CACHE to '
       'another directory.'
     ) from error
-  finally:
-    temporary.unlink(missing_ok=True)

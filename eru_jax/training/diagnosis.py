@@ -27,6 +27,7 @@ from eru_jax.training.batches import Rows, on_mesh
 from eru_jax.training.evaluation import SPLITS, draw, spread, start_noise
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.progress import Progress
+from eru_jax.training.watch import mark
 from eru_jax.types import Conditioning
 
 PyTree = Any
@@ -290,6 +291,7 @@ def prompt_features(
   Returns:
     Names of the B blocks, and stream -> (T, B, N, W) float32.
   """
+  mark(f'the features of {label}')
   text = experiment.text.index(prompts)
   size = min(experiment.config.evaluation.batch_size, len(prompts))
   blocks, steps, done = [], [], 0

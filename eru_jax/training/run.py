@@ -142,6 +142,7 @@ def _train(config: config_lib.ExperimentConfig, workdir: str) -> None:
         values = json.dumps(diagnosis.to_json(), indent=1) + '\n'
         replace_file(directory / 'diagnosis.json', values.encode())
 
+  mark('the report')
   if not distributed.is_main():
     return
   summary = {

@@ -65,7 +65,10 @@ class Stopped(SystemExit):
 
   Attributes:
     where: what the program stopped after or before, for people.
+    told: whether nothing is left to do: the user knows, and no other process waits for this one.
   """
+
+  told = False
 
   def __init__(self, where: str):
     super().__init__(0)
@@ -107,7 +110,8 @@ class Watch:
     self._lock = threading.Lock()
     # Taken by the first thread that ends this process, and never given back.
     self._leaving = threading.Lock()
-    self._requested = threading.Event()
+    # No event: a signal may come while the handler of another one would hold the event's lock.
+    self._requested = False
     self._over = threading.Event()
     self._stop_at: int | None = None
     self._main_does: str | None = None
@@ -134,7 +138,7 @@ class Watch:
       position.marks += 1
       position.where, position.since, position.armed = where, now, True
       if self._alone:
-        return self._requested.is_set()
+        return self._requested
       return position.serial == self._stop_at
 
   def mark(self, where: str) -> None:
@@ -146,6 +150,8 @@ class Watch:
     """Says that the next iteration may take its time: a loop is over."""
     with self._lock:
       self._position.armed = False
+    if self._alone and self._requested:
+      raise Stopped(f'after {self._position.where}')
 
   @contextlib.contextmanager
   def main_only(self, what: str) -> Iterator[None]:
@@ -167,14 +173,18 @@ class Watch:
 
   def stopped(self, where: str) -> None:
     """Tells the user that the program was asked to stop, and did."""
-    distributed.announce(f'stopped {where}; {self._then}')
+    distributed.announce(self._farewell(where))
+
+  def _farewell(self, where: str) -> str:
+    return f'stopped {where}; {self._then}'
 
   def _notice(self, number: int, frame: types.FrameType | None) -> None:
     del number, frame
-    self._requested.set()
+    self._requested = True
     if self._alone and not self._position.armed:
-      # Between the loops everything is saved.
-      raise Stopped(f'at {self._position.where}')
+      # Between the loops everything is saved. An exception could end in a callback, where Python
+      # forgets it, or cut short the way out of another one: `timeout` sends the signal twice.
+      commands.leave(self._farewell(f'at {self._position.where}'))
 
   def _run(self) -> None:
     """The thread that listens, in runs of several processes."""
@@ -264,7 +274,7 @@ class Watch:
     """Sets where all stop: an iteration that none of them has reached yet."""
     if self._stop_at is not None:
       return
-    if self._requested.is_set():
+    if self._requested:
       self._store.set('stop', '1')
     if self._store.get('stop') is None:
       return
@@ -383,6 +393,7 @@ def watching(
   except BaseException as error:
     if isinstance(error, Stopped):
       watch.stopped(error.where)
+      error.told = watch._alone
     if not watch._alone:
       _tell(watch, error)
     raise
