@@ -33,7 +33,9 @@ def main(argv):
     right[label] = generate(experiment, snapshot, judge, prompts, 'wording').shown == answers
     parts = {'evaluated': drawn, 'others': ~drawn, 'all': drawn | True}
     result[label] = {
-      part: accuracy(right[label][rows]) for part, rows in parts.items() if rows.any()
+      part: accuracy(right[label][rows], [table.pairs[row] for row in np.flatnonzero(rows)])
+      for part, rows in parts.items()
+      if rows.any()
     }
   if {'dk_dm', 'no_rl'} <= right.keys():
     before, after = right['dk_dm'], right['no_rl']

@@ -1,6 +1,7 @@
 """A judge as the reward of NO-RL: the unscored teach nothing, and a resumed run is the same."""
 
 import dataclasses
+import json
 import re
 import sys
 import threading
@@ -18,8 +19,9 @@ from eru_jax.data.emoji_knowledge import PairTable
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.data.world import World
 from eru_jax.errors import UserError
+from eru_jax.judges.spending import read_spending
 from eru_jax.losses import advantages
-from eru_jax.rewards.judge import JudgeConfig, JudgeReward, check_judge
+from eru_jax.rewards.judge import LEDGER, JudgeConfig, JudgeReward, check_judge
 from eru_jax.sharding import MeshConfig
 from eru_jax.training.batches import on_mesh
 from eru_jax.training.config import ExperimentConfig, from_mapping
@@ -229,6 +231,7 @@ class _Runs:
     experiment = types.SimpleNamespace(
       config=config,
       planned=False,
+      directory=self.directory / name,
       mesh=mesh,
       world=World(self._splits),
       text=text,
@@ -255,6 +258,19 @@ class _Runs:
     """What was measured, without what the clock says."""
     rows = read_metrics(self.directory / name / 'metrics.jsonl')
     return [{k: v for k, v in row.items() if not k.startswith('time')} for row in rows]
+
+  def spent(self, name):
+    """Pictures scored and not, requests and tokens, over all starts of a run."""
+    found = read_spending(self.directory / name / LEDGER).summary
+    tokens = found.prompt_tokens, found.completion_tokens
+    return found.answered, found.unanswered, found.requests, tokens
+
+  @staticmethod
+  def paid(known, requests):
+    """The same of pictures that were scored or not, and of what the server was sent."""
+    return sum(known), sum(not one for one in known), len(requests), (
+      100 * len(requests), 10 * len(requests)
+    )  # fmt: skip
 
   def first_asked(self):
     """Requests but for those that go back with a bad reply."""
@@ -298,12 +314,13 @@ def test_a_run_with_a_judge_resumes_exactly_and_asks_nothing_twice(tmp_path, mon
       assert row['judge_tokens'] == 110 * (sum(known[part]) + 3 * (8 - sum(known[part])))
       assert row['grad_norm'] > 0 and row['skipped'] == 0
     assert [row['step'] for row in rows] == [1, 2, 3, 4]
+    assert runs.spent('unbroken') == runs.paid(known, server.requests)
 
     def stop(done):
       if done == 3:
         raise KeyboardInterrupt
 
-    before = len(asked)
+    before, first = len(asked), len(server.requests)
     with pytest.raises(KeyboardInterrupt):
       runs.train('stopped', 'two', at=stop)
     resumed = runs.train('stopped', 'two', concurrency=2, timeout=9.0)
@@ -314,6 +331,8 @@ def test_a_run_with_a_judge_resumes_exactly_and_asks_nothing_twice(tmp_path, mon
     rows[2]['judge_tokens'] += 3 * 110 * again
     assert runs.rows('stopped') == rows
     assert len(runs.first_asked()) - before == 4 * 8 + again
+    # Of the whole stage, of both processes and the repeated step.
+    assert runs.spent('stopped') == runs.paid(known + known[16:24], server.requests[first:])
 
 
 def test_a_judge_that_is_lost_stops_the_run_which_then_goes_on(tmp_path, monkeypatch):
@@ -347,7 +366,7 @@ def test_a_whole_run_with_a_judge(tiny_config, tmp_path, monkeypatch):
   tiny_config['no_rl'] |= dict(reward='judge', num_steps=2, reward_high=1.0)
   with JudgeServer(usual=says({'correct': 1})) as server:
     tiny_config['no_rl']['judge'] = dict(
-      url=server.url, model='tiny-judge', protocol='wise_verified'
+      url=server.url, model='tiny-judge', protocol='wise_verified', price='2,10'
     )
     train(tiny_config, str(tmp_path / 'run'))
     # A grey picture, and two of each of two prompts a step.
@@ -357,7 +376,12 @@ def test_a_whole_run_with_a_judge(tiny_config, tmp_path, monkeypatch):
     assert picture_of(server.requests[-1]).shape == (64, 64, 3)
   rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
   assert [(row['reward'], row['unscored']) for row in rows] == [(1, 0), (1, 0)]
-  assert (tmp_path / 'run' / 'report.html').is_file()
+  told = json.loads((tmp_path / 'run' / 'summary.json').read_text())['judge']
+  assert (told['model'], told['url']) == ('tiny-judge', server.url)
+  # All but the grey picture.
+  assert told['total']['answered'] == told['total']['requests'] == 2 * 4
+  assert told['total']['cost'] == pytest.approx(8 * (100 * 2 + 10 * 10) / 1e6)
+  assert '8, 0 of them repeated' in (tmp_path / 'run' / 'report.html').read_text()
 
 
 def test_steps_wait_for_the_host():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from eru_jax.data.pairs import KnowledgePair
 from eru_jax.data.world import load_prompt_world
 from eru_jax.errors import UserError
 from eru_jax.training import config as config_lib
@@ -49,10 +50,10 @@ def test_a_distance_has_an_interval():
   grey[0] = 255
   distances = pixel_distance(white, grey)
   np.testing.assert_allclose(distances, [0, 0.2, 0.2, 0.2], rtol=1e-5)
-  found = mean_distance(distances)
+  found = mean_distance(distances, [KnowledgePair(name, name) for name in 'abcd'])
   assert found['n'] == 4 and found['anchor_distance'] == pytest.approx(0.15)
-  half = 1.96 * 0.1 / 2
-  assert found['ci95'] == pytest.approx([0.15 - half, 0.15 + half])
+  half = 3.182446 * 0.1 / 2  # Student's t of three degrees of freedom
+  assert found['ci95'] == pytest.approx([0.15 - half, 0.15 + half], abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ class Question:
     split: the set that it belongs to, such as 'S' of Science-T2I; may be ''.
     explanation: what a right picture shows, for a judge; may be ''.
     rubric: further texts for a judge by name, such as 'scene' and 'reality'.
+    cluster: what it is about: questions of one cluster are not independent, and count as one in
+      intervals and tests; '' for a question on its own.
   """
 
   id: str
@@ -45,6 +47,7 @@ class Question:
   split: str = ''
   explanation: str = ''
   rubric: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  cluster: str = ''
 
   @property
   def implicit(self) -> str:
@@ -64,8 +67,8 @@ class Protocol:
     span: least and greatest value, or None for each that has no bound; for people's eyes only.
     digits: decimal places that people are shown.
     percent: whether people are shown percent.
-    proportion: whether each value is 0 or 1, so that intervals are Wilson's where pictures are
-      independent.
+    proportion: whether each value is 0 or 1, so that intervals are Wilson's, see
+      `proportions.proportion_interval`.
   """
 
   keys: tuple[str, ...]

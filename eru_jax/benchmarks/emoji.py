@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from eru_jax.benchmarks.base import CLIP_PROTOCOLS, Benchmark, Question, single
+from eru_jax.data.clusters import clusters_of
 from eru_jax.data.pairs import EXPLICIT_SPLITS, KnowledgePair, read_prompt_file
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def of_run(data: 'DataConfig') -> list[Question]:
 
 
 def from_pairs(pairs: Sequence[KnowledgePair]) -> list[Question]:
-  """Pairs as questions, with their split if they have several."""
+  """Pairs as questions, with their split if they have several, and clusters as `clusters_of`."""
   several = len({pair.split for pair in pairs}) > 1
   return [
     Question(
@@ -59,8 +60,9 @@ def from_pairs(pairs: Sequence[KnowledgePair]) -> list[Question]:
       category=pair.category or 'all',
       prompts={'implicit': pair.implicit, 'explicit': pair.explicit},
       split=pair.split if several else '',
+      cluster=cluster,
     )
-    for pair in pairs
+    for pair, cluster in zip(pairs, clusters_of(pairs), strict=True)
   ]
 
 

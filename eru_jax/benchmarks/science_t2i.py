@@ -58,7 +58,8 @@ def read_questions(data: str | None) -> list[Question]:
     data: an id of the hub, or a directory of .json, .jsonl or .parquet files, or one of these.
 
   Returns:
-    Questions in order of set, file and row; `split` is 'S', 'C' or what the file's name says.
+    Questions in order of set, file and row; `split` is 'S', 'C' or what the file's name says. Each
+    is on its own, as no column says which rows are about one thing.
 
   Raises:
     UserError: if there is no test set, or a row is malformed.
@@ -110,7 +111,7 @@ def read_training(data: str) -> list[KnowledgePair]:
 def read_training_questions(data: str | None) -> list[Question]:
   """The training set as questions, say for reward anchors; a score of them says nothing.
 
-  They go together as in `read_training`, superficial prompts likewise.
+  They go together as in `read_training`, superficial prompts likewise; a row is a cluster.
 
   Raises:
     UserError: if there is no training set, or a row is malformed.
@@ -128,7 +129,9 @@ def read_training_questions(data: str | None) -> list[Question]:
       if (same := tuple(normalise(prompts[name]) for name in ('implicit', 'explicit'))) not in seen:
         seen.add(same)
         category = (optional_text(row, 'category', where) or law).casefold()
-        questions.append(Question(f'{number:05d}/{k}', category, prompts, law, 'train'))
+        questions.append(
+          Question(f'{number:05d}/{k}', category, prompts, law, 'train', cluster=f'{number:05d}')
+        )
   return questions
 
 

@@ -1,15 +1,17 @@
 """Intervals of means over prompts, and whether two models differ; sound for few prompts, too.
 
-What a benchmark measures is a mean over prompts, of which it has a sample. Where categories have
-weights of their own, the mean is the weighted sum of the categories', and a category's size is no
-accident: its variance is the weighted sum of those within categories (a stratified sample). With
-several pictures, a prompt counts once: its pictures are a cluster (Taylor linearisation of the
-ratio of sums). The quantiles are Student's t with Satterthwaite's degrees of freedom, which a
-bootstrap's percentiles are not: of two prompts of a category they see almost no spread.
+What a benchmark measures is a mean over prompts, of which it has a sample. Pictures of one prompt,
+and prompts about one thing, are right or wrong together, so what varies by chance is the cluster:
+all pictures of all prompts about one thing, which count once (Taylor linearisation of the ratio of
+sums). Where categories have weights of their own, the mean is the weighted sum of the categories',
+and a category's size is no accident: its variance is the weighted sum of those within categories (a
+stratified sample of clusters). The quantiles are Student's t with Satterthwaite's degrees of
+freedom, which a bootstrap's percentiles are not: of two clusters of a category they see almost no
+spread.
 
 Two models answer the same prompts: their difference, and every ratio of several means, is taken
 over the prompts that have all its parts. Whether there is a difference is asked by randomisation
-(Fisher's paired test): as if chance had decided, prompt by prompt, which model is which.
+(Fisher's paired test): as if chance had decided, cluster by cluster, which model is which.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 _LEVEL = 0.95
-# All exchanges are counted if no more than so many prompts differ, else so many random ones.
+# All exchanges are counted if no more than so many clusters differ, else so many random ones.
 _EXACT = 13
 _EXCHANGES = 9999
 _BLOCK = 1000
@@ -57,38 +59,63 @@ class Design:
   Attributes:
     strata: (Q,) number of each prompt's category, 0 for all if the score is one mean.
     weights: (S,) share of each category.
+    clusters: (Q,) number of each prompt's cluster, from 0 to C - 1.
   """
 
   strata: np.ndarray
   weights: np.ndarray
+  clusters: np.ndarray
 
   @classmethod
-  def of(cls, categories: Sequence[str], weights: Mapping[str, float] | None) -> 'Design':
-    """The design of prompts of these categories; without weights, of their common mean."""
+  def of(
+    cls,
+    categories: Sequence[str],
+    weights: Mapping[str, float] | None,
+    clusters: Sequence[str] | None = None,
+  ) -> 'Design':
+    """The design of prompts of these categories and clusters.
+
+    Args:
+      categories: of Q prompts.
+      weights: of the categories; None makes the score the prompts' common mean.
+      clusters: what each prompt is about, '' for a prompt that is on its own; None if all are.
+    """
+    numbers: dict[str | int, int] = {}
+    names = clusters or [''] * len(categories)
+    own = [numbers.setdefault(name or row, len(numbers)) for row, name in enumerate(names)]
     if weights is None:
-      return cls(np.zeros(len(categories), np.int64), np.ones(1))
-    names = list(weights)
-    return cls(
-      np.array([names.index(category) for category in categories], np.int64),
-      np.array([weights[name] for name in names], np.float64),
-    )
+      strata, shares = [0] * len(categories), [1.0]
+    else:
+      known = list(weights)
+      strata, shares = [known.index(name) for name in categories], list(weights.values())
+    return cls(np.array(strata, np.int64), np.array(shares, np.float64), np.array(own, np.int64))
 
   @property
   def members(self) -> np.ndarray:
     """(Q, S) 1 where a prompt is of a category."""
     return (self.strata[:, None] == np.arange(len(self.weights))).astype(np.float64)
 
+  def by_cluster(self, values: np.ndarray) -> np.ndarray:
+    """(Q, ...) of prompts -> (C, ...), summed."""
+    sums = np.zeros((self.clusters.max(initial=-1) + 1, *values.shape[1:]))
+    np.add.at(sums, self.clusters, values)
+    return sums
+
+  def scored_clusters(self, scored: np.ndarray) -> int:
+    """How many clusters there are, of (Q,) bool which prompts are scored."""
+    return len(np.unique(self.clusters[scored]))
+
   def overall(self, sample: Sample) -> float:
     """The score; NaN where a category has no scored picture."""
     return float(_weighted(self.weights, sample.sums @ self.members, sample.counts @ self.members))
 
   def parts(self, sample: Sample) -> np.ndarray:
-    """(Q,) what each prompt adds to the score's error: linearised, 0 in sum in each category."""
+    """(C,) what each cluster adds to the score's error: linearised, 0 in sum over all."""
     totals = sample.counts @ self.members
     with np.errstate(invalid='ignore', divide='ignore'):
       means = sample.sums @ self.members / totals
       shares = self.weights / totals
-    return shares[self.strata] * (sample.sums - means[self.strata] * sample.counts)
+    return self.by_cluster(shares[self.strata] * (sample.sums - means[self.strata] * sample.counts))
 
 
 def _weighted(weights: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -99,31 +126,45 @@ def _weighted(weights: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.n
 
 @dataclasses.dataclass(frozen=True)
 class _Spread:
-  """Variances of scores from what prompts add to their errors.
+  """Variances of scores from what clusters add to their errors.
+
+  Clusters are drawn within categories. Categories that share a cluster are drawn together: they
+  are one stratum, which loses a degree of freedom for each of their means.
 
   Attributes:
-    design: of Q prompts.
-    scored: (Q,) bool, which of them the scores are of.
+    members: (C, G) 1 where a cluster with scored prompts is of a stratum.
+    freedom: (G,) clusters of a stratum less its categories.
   """
 
-  design: Design
-  scored: np.ndarray
+  members: np.ndarray
+  freedom: np.ndarray
 
-  def by_category(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(S,) what categories add to the covariance of two scores with such parts (Q,)."""
-    n = self.scored @ self.design.members
+  @classmethod
+  def of(cls, design: Design, scored: np.ndarray) -> '_Spread':
+    """Of a design, and (Q,) bool which of its prompts the scores are of."""
+    touched = design.by_cluster(design.members * scored[:, None]) > 0
+    linked = np.eye(touched.shape[1], dtype=bool)
+    for _ in design.weights:
+      linked |= (touched.T.astype(int) @ touched @ linked) > 0
+    # Of each category, the first one that it is linked to.
+    firsts, categories = np.unique(np.argmax(linked, axis=0), return_counts=True)
+    members = (touched.astype(int) @ linked[:, firsts] > 0).astype(np.float64)
+    return cls(members, members.sum(axis=0) - categories)
+
+  def by_stratum(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(G,) what strata add to the covariance of two scores with such parts (C,)."""
+    n = self.members.sum(axis=0)
     with np.errstate(invalid='ignore', divide='ignore'):
-      return n / (n - 1) * ((first * second * self.scored) @ self.design.members)
+      return n / self.freedom * ((first * second) @ self.members)
 
   def quantile(self, parts: np.ndarray) -> float:
     """Student's two-sided quantile, by Satterthwaite's degrees of freedom."""
-    n, variances = self.scored @ self.design.members, self.by_category(parts, parts)
-    return student_quantile(variances.sum() ** 2 / np.sum(variances**2 / (n - 1)))
+    variances = self.by_stratum(parts, parts)
+    return student_quantile(variances.sum() ** 2 / np.sum(variances**2 / self.freedom))
 
   def tells(self, parts: np.ndarray, size: float) -> bool:
-    """Whether every category has two prompts, and not all are alike up to rounding of a size."""
-    n = self.scored @ self.design.members
-    return bool(n.min() >= 2 and np.abs(parts[self.scored]).max() > _ROUNDING * size)
+    """Whether strata have a spread, and clusters are not all alike up to rounding of a size."""
+    return bool(self.freedom.min() >= 1 and np.abs(parts).max() > _ROUNDING * size)
 
 
 def student_quantile(freedom: float, level: float = _LEVEL) -> float:
@@ -144,8 +185,8 @@ def interval(design: Design, sample: Sample) -> list[float] | None:
   """The 95 % interval of an overall score.
 
   Returns:
-    [low, high]; None if there is no score, where a category has a single prompt (of whose spread
-    nothing is known), and where all prompts of each category are alike.
+    [low, high]; None if there is no score, where a category has a single cluster (of whose spread
+    nothing is known), and where all clusters of each category are alike.
   """
   score = design.overall(sample)
   if not np.isfinite(score):
@@ -161,10 +202,10 @@ def _size(*samples: Sample) -> float:
 def _interval(
   design: Design, score: float, parts: np.ndarray, scored: np.ndarray, size: float
 ) -> list[float] | None:
-  spread = _Spread(design, scored)
+  spread = _Spread.of(design, scored)
   if not spread.tells(parts, size):
     return None
-  half = spread.quantile(parts) * math.sqrt(spread.by_category(parts, parts).sum())
+  half = spread.quantile(parts) * math.sqrt(spread.by_stratum(parts, parts).sum())
   return [score - half, score + half]
 
 
@@ -177,8 +218,8 @@ def compare(design: Design, first: Sample, second: Sample, seed: int = 0) -> dic
     seed: of random exchanges, where there are too many to count.
 
   Returns:
-    {'difference', 'ci95' (None as of `interval`), 'p': see `exchanged`, 'n': prompts}; None if the
-    difference cannot be told.
+    {'difference', 'ci95' (None as of `interval`), 'p': see `exchanged`, 'n': prompts, 'clusters'};
+    None if the difference cannot be told.
   """
   both = (first.counts > 0) & (second.counts > 0)
   first, second = first.where(both), second.where(both)
@@ -191,13 +232,14 @@ def compare(design: Design, first: Sample, second: Sample, seed: int = 0) -> dic
     'ci95': _interval(design, difference, parts, both, _size(first, second)),
     'p': exchanged(design, first, second, seed),
     'n': int(both.sum()),
+    'clusters': design.scored_clusters(both),
   }
 
 
 def exchanged(design: Design, first: Sample, second: Sample, seed: int = 0) -> float:
-  """How often exchanging the models at random prompts makes as large a difference, or a larger one.
+  """How often exchanging the models at random clusters makes as large a difference, or a larger.
 
-  Of all exchanges where few prompts differ: then 6 that all do so in one direction have 2/64.
+  Of all exchanges where few clusters differ: then 6 that all do so in one direction have 2/64.
   Else of random ones and the one there is, which is never rarer than its chance (Phipson and Smyth
   2010).
 
@@ -206,16 +248,16 @@ def exchanged(design: Design, first: Sample, second: Sample, seed: int = 0) -> f
     first, second: their values by two models, of the same prompts.
     seed: of the random exchanges.
   """
-  differ = np.flatnonzero((first.sums != second.sums) | (first.counts != second.counts))
   members, categories = design.members, len(design.weights)
   totals = [array @ members for array in (first.sums, first.counts, second.sums, second.counts)]
   change = np.concatenate(
     [
-      (theirs - ours)[differ, None] * members[differ]
+      design.by_cluster((theirs - ours)[:, None] * members)
       for ours, theirs in ((first.sums, second.sums), (first.counts, second.counts))
     ],
     axis=1,
   )
+  change = change[change.any(axis=1)]
 
   def differences(exchanges: np.ndarray) -> np.ndarray:
     """(R, D) 1 where models are exchanged -> (R,)."""
@@ -223,19 +265,19 @@ def exchanged(design: Design, first: Sample, second: Sample, seed: int = 0) -> f
     before = _weighted(design.weights, totals[0] + sums, totals[1] + counts)
     return _weighted(design.weights, totals[2] - sums, totals[3] - counts) - before
 
-  there = abs(differences(np.zeros((1, len(differ))))[0])
+  there = abs(differences(np.zeros((1, len(change))))[0])
   least = there - _ROUNDING * _size(first, second)
 
   def as_large(exchanges: np.ndarray) -> int:
     return int(np.sum(np.abs(differences(exchanges.astype(np.float64))) >= least))
 
-  if len(differ) <= _EXACT:
-    every = np.arange(2 ** len(differ))[:, None] >> np.arange(len(differ)) & 1
+  if len(change) <= _EXACT:
+    every = np.arange(2 ** len(change))[:, None] >> np.arange(len(change)) & 1
     return as_large(every) / len(every)
   rng, found = np.random.default_rng(seed), 0
   for start in range(0, _EXCHANGES, _BLOCK):
     rows = min(_BLOCK, _EXCHANGES - start)
-    found += as_large(rng.integers(0, 2, (rows, len(differ)), np.int8))
+    found += as_large(rng.integers(0, 2, (rows, len(change)), np.int8))
   return (1 + found) / (1 + _EXCHANGES)
 
 
@@ -251,7 +293,7 @@ def position(design: Design, value: Sample, zero: Sample, one: Sample) -> dict |
 
   Returns:
     {'value', 'ci95': Fieller's, or None as of `interval` and where it would be unbounded, 'n':
-    prompts}; None if it is no number.
+    prompts, 'clusters'}; None if it is no number.
   """
   scored = (value.counts > 0) & (zero.counts > 0) & (one.counts > 0)
   value, zero, one = (sample.where(scored) for sample in (value, zero, one))
@@ -261,13 +303,14 @@ def position(design: Design, value: Sample, zero: Sample, one: Sample) -> dict |
     return None
   tops, bottoms = (design.parts(sample) - design.parts(zero) for sample in (value, one))
   told = {'value': top / bottom, 'ci95': None, 'n': int(scored.sum())}
-  spread, parts = _Spread(design, scored), tops - top / bottom * bottoms
+  told['clusters'] = design.scored_clusters(scored)
+  spread, parts = _Spread.of(design, scored), tops - top / bottom * bottoms
   if not spread.tells(parts, _size(value, zero, one)):
     return told
   # The ratios r for which top - r bottom is within its own interval: a r^2 - 2 b r + c <= 0.
   t = spread.quantile(parts)
   a, b, c = (
-    first * second - t**2 * spread.by_category(mine, theirs).sum()
+    first * second - t**2 * spread.by_stratum(mine, theirs).sum()
     for first, second, mine, theirs in (
       (bottom, bottom, bottoms, bottoms), (top, bottom, tops, bottoms), (top, top, tops, tops)
     )

@@ -111,6 +111,7 @@ def _read(paths: list[pathlib.Path], ends: Mapping[str, int]) -> dict[int, tuple
 def _question(
   found: tuple[str, dict], number: int, ends: Mapping[str, int], rewrite: str | None
 ) -> Question:
+  """A row as a question on its own: nothing in it says that two prompts are about one thing."""
   where, row = found
   prompts = {'implicit': text_of(row, 'Prompt', where)}
   if rewrite is not None:

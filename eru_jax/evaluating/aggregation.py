@@ -2,6 +2,8 @@
 
 A picture without a score is counted as unscored and left out of the means, as the published scripts
 leave out rows that their judge's answer could not be read from. It never counts as 0.
+
+Means are of pictures; intervals and tests are of clusters, the prompts about one thing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +13,8 @@ import numpy as np
 
 from eru_jax.benchmarks import statistics
 from eru_jax.benchmarks.base import Protocol, Question
+from eru_jax.benchmarks.proportions import proportion_interval
 from eru_jax.benchmarks.statistics import Design, Sample
-from eru_jax.training.metrics import wilson_interval
 
 # Conditions that what a model makes of implicit prompts is not measured by.
 _SAYING_NO_MORE = ('implicit', 'superficial')
@@ -32,9 +34,9 @@ def aggregate(
 
   Returns:
     {'score', 'ci95', 'n': scored pictures, 'unscored': pictures, 'prompts': Q with a score,
-    'categories': {name: the same}, 'subcategories': {name: the same}}, 'score' and 'ci95' being
-    None where there is nothing to tell, and 'missing' the categories without scored pictures where
-    these have weights.
+    'clusters': of these, 'categories': {name: the same}, 'subcategories': {name: the same}},
+    'score' and 'ci95' being None where there is nothing to tell, and 'missing' the categories
+    without scored pictures where these have weights.
   """
   found = _mean(protocol, questions, values, protocol.weights)
   for kind, attribute in (('categories', 'category'), ('subcategories', 'subcategory')):
@@ -54,8 +56,7 @@ def _mean(
   values: np.ndarray,
   weights: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-  categories = [question.category for question in questions]
-  design, sample = Design.of(categories, weights), Sample.of(values)
+  design, sample = _design(questions, weights), Sample.of(values)
   score, n = design.overall(sample), int(sample.counts.sum())
   told: dict[str, Any] = {
     'score': score if np.isfinite(score) else None,
@@ -63,17 +64,21 @@ def _mean(
     'n': n,
     'unscored': int(values.size - n),
     'prompts': int((sample.counts > 0).sum()),
+    'clusters': design.scored_clusters(sample.counts > 0),
   }
   if weights is not None:
-    scored = {c for c, count in zip(categories, sample.counts, strict=True) if count}
+    scored = {q.category for q, count in zip(questions, sample.counts, strict=True) if count}
     told['missing'] = [name for name in weights if name not in scored]
   if not np.isfinite(score):
     return told
-  if protocol.proportion and weights is None and n == told['prompts']:
-    told['ci95'] = list(wilson_interval(round(float(sample.sums.sum())), n))
-  else:
-    told['ci95'] = _within(protocol, statistics.interval(design, sample))
+  find = proportion_interval if protocol.proportion else statistics.interval
+  told['ci95'] = _within(protocol, find(design, sample))
   return told
+
+
+def _design(questions: Sequence[Question], weights: Mapping[str, float] | None) -> Design:
+  categories = [question.category for question in questions]
+  return Design.of(categories, weights, [question.cluster for question in questions])
 
 
 def _within(protocol: Protocol, interval: list[float] | None) -> list[float] | None:
@@ -97,14 +102,15 @@ def comparisons(
     seed: of `statistics.exchanged`.
 
   Returns:
-    [{'model', 'condition', 'against': {'model', 'condition'}, 'difference', 'ci95', 'p', 'n'}]:
-    each model under each condition minus the base under the same one; and each under implicit
-    prompts minus the base under others that say more: explicit ones, which bound what moving
-    knowledge alone can reach, and rewritten ones, the rival that trains nothing.
+    [{'model', 'condition', 'against': {'model', 'condition'}, 'difference', 'ci95', 'p', 'n':
+    prompts, 'clusters': of these}]: each model under each condition minus the base under the same
+    one; and each under implicit prompts minus the base under others that say more: explicit ones,
+    which bound what moving knowledge alone can reach, and rewritten ones, the rival that trains
+    nothing.
   """
   if not values:
     return []
-  design = Design.of([question.category for question in questions], protocol.weights)
+  design = _design(questions, protocol.weights)
   base = next(iter(values))
   pairs = [
     (model, condition, base, condition)
@@ -136,11 +142,11 @@ def ratios(
   Each is taken over the prompts that have scored pictures in all its three parts.
 
   Returns:
-    {model: {'nd': {'value', 'ci95', 'n'}, 'ri': {...}}}; the base has no RI.
+    {model: {'nd': {'value', 'ci95', 'n', 'clusters'}, 'ri': {...}}}; the base has no RI.
   """
   if not values:
     return {}
-  design = Design.of([question.category for question in questions], protocol.weights)
+  design = _design(questions, protocol.weights)
   samples = {
     model: {condition: Sample.of(array) for condition, array in found.items()}
     for model, found in values.items()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eru_jax.benchmarks.base import Protocol
-from eru_jax.evaluating.results import asked_lines, shown, tables
+from eru_jax.evaluating.results import asked_lines, clustered, shown, tables
 from eru_jax.training.report_scores import STAGES, text
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _difference(protocol: Protocol, one: Mapping[str, Any], coloured: bool) -> s
   kind = ''
   if coloured and one['p'] < _SIGNIFICANT:
     kind = 'up' if one['difference'] > 0 else 'down'
-  hint, extent = f'p = {one["p"]:.2g}, {one["n"]} prompts', ''
+  hint, extent = f'p = {one["p"]:.2g}, {one["n"]} prompts{clustered(one, one["n"])}', ''
   if one['ci95']:
     low, high = (_shown(protocol, bound, True) for bound in one['ci95'])
     extent = f'{low} to {high}'
@@ -112,7 +112,7 @@ def _range(protocol: Protocol, told: Mapping[str, Any]) -> str:
   if told['ci95']:
     low, high = (shown(protocol, bound) for bound in told['ci95'])
     parts.append(f'95 %: {low} to {high}'.replace('-', '−'))
-  parts.append(f'{told["n"]} pictures')
+  parts.append(f'{told["n"]} pictures{clustered(told, told["prompts"])}')
   if told['unscored']:
     parts.append(f'{told["unscored"]} unscored')
   return text(', '.join(parts))

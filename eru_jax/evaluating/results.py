@@ -217,6 +217,7 @@ def _summary_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
               'split': split, 'model': model, 'condition': condition, 'group': kind, 'name': name,
               'score': one['score'], 'ci95_low': low, 'ci95_high': high, 'pictures': one['n'],
               'unscored': one['unscored'], 'prompts': one['prompts'],
+              'clusters': one['clusters'],
             }
           )  # fmt: skip
   return rows
@@ -270,6 +271,11 @@ def shown(protocol: Protocol, value: float | None, sign: bool = False) -> str:
   return f'{scaled:{"+" if sign else ""}.{protocol.digits}f}{" %" if protocol.percent else ""}'
 
 
+def clustered(told: Mapping[str, Any], prompts: int) -> str:
+  """How many clusters so many prompts are, for people; '' if each is one."""
+  return f' in {told["clusters"]} clusters' if told['clusters'] < prompts else ''
+
+
 def tell(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:
   """Prints the table and what follows from it."""
   protocol = evaluated.protocol
@@ -298,7 +304,7 @@ def tell(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:
     if one['ci95']:
       low, high = (shown(protocol, bound, True) for bound in one['ci95'])
       line += f'  [{low} to {high}]'
-    print(f'{line}, p = {one["p"]:.2g}, {one["n"]} prompts')
+    print(f'{line}, p = {one["p"]:.2g}, {one["n"]} prompts{clustered(one, one["n"])}')
   for model, found in result['ratios'].items():
     told = [f'{name.upper()} {100 * one["value"]:.1f} %' for name, one in found.items()]
     if told and evaluated.benchmark.name == 'science_t2i':
@@ -311,7 +317,7 @@ def _line(protocol: Protocol, told: Mapping[str, Any]) -> str:
   if told['ci95']:
     low, high = (shown(protocol, bound) for bound in told['ci95'])
     line += f'  [{low} to {high}]'
-  line += f'  {told["n"]} pictures'
+  line += f'  {told["n"]} pictures{clustered(told, told["prompts"])}'
   if told['unscored']:
     line += f', {told["unscored"]} unscored and left out'
   if told['score'] is None and told.get('missing'):

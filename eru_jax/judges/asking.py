@@ -59,6 +59,7 @@ def ask(
   journal: Journal | None = None,
   price: tuple[float, float] | None = None,
   told: Callable[[int, int], None] | None = None,
+  kept: Callable[[Answer], None] | None = None,
 ) -> tuple[list[Answer], Summary]:
   """Asks all questions.
 
@@ -70,6 +71,8 @@ def ask(
     journal: where answers are looked up, and kept as they come; its key is KEY.
     price: of a million tokens, see `parse_price`.
     told: is called with how many are done, and how many there are.
+    kept: is called with each answer at once, from several threads, whatever becomes of the others;
+      not with those that nobody was asked for as the asking had ended.
 
   Returns:
     An answer for each question, in their order, and what it came to.
@@ -85,11 +88,15 @@ def ask(
     if journal.holds(lambda row: row['judge'] == judge and 'reply' in row):
       client.heard.set()
   patience = Patience(client.heard.is_set(), client.config.concurrency)
+
+  def answered(question: Question) -> tuple[Answer, Failure | None]:
+    answer, failure = _answer(client, question, read, judge, journal, halt)
+    if kept is not None and (answer.reason != _INTERRUPTED or answer.spent.requests):
+      kept(answer)
+    return answer, failure
+
   try:
-    places = {
-      pool.submit(_answer, client, question, read, judge, journal, halt): place
-      for place, question in enumerate(questions)
-    }
+    places = {pool.submit(answered, question): place for place, question in enumerate(questions)}
     for done, future in enumerate(concurrent.futures.as_completed(places), start=1):
       answer, failure = future.result()
       answers[places[future]] = answer

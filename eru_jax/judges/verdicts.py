@@ -12,7 +12,7 @@ from eru_jax.judges.asking import KEY, Question, ask, identity_of
 from eru_jax.judges.chat import ChatClient
 from eru_jax.judges.journal import Journal
 from eru_jax.judges.protocols import Protocol
-from eru_jax.judges.summary import Summary
+from eru_jax.judges.summary import Answer, Summary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,6 +98,7 @@ def judge_pictures(
   journal: Journal | None = None,
   price: tuple[float, float] | None = None,
   told: Callable[[int, int], None] | None = None,
+  kept: Callable[[Answer], None] | None = None,
 ) -> tuple[list[Verdict], Summary]:
   """Judges pictures, those that this judge has not seen yet, several at a time.
 
@@ -108,7 +109,7 @@ def judge_pictures(
     journal: where verdicts are looked up, and kept as they come, see `open_journal`. Of unscored
       pictures only the cost is kept: they are asked about again the next time.
     price: of a million tokens, see `summary.parse_price`.
-    told: is called with how many are done, and how many there are.
+    told, kept: as of `asking.ask`.
 
   Returns:
     A verdict for each item, in their order, and what it came to.
@@ -123,7 +124,7 @@ def judge_pictures(
   def read(reply: str) -> tuple[dict[str, int], str]:
     return protocol.read(reply), protocol.words(reply)
 
-  answers, summary = ask(client, questions, read, who, journal, price, told)
+  answers, summary = ask(client, questions, read, who, journal, price, told, kept)
   verdicts = []
   for answer in answers:
     marks, words = answer.value or (None, '')

@@ -8,7 +8,9 @@ are kept in the cache, so a run that goes on from a checkpoint sees the very sco
 import collections
 import dataclasses
 import json
+import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -22,12 +24,16 @@ from eru_jax.judges import verdicts
 from eru_jax.judges.chat import ChatClient
 from eru_jax.judges.protocols import PROTOCOLS, Protocol, protocol
 from eru_jax.judges.settings import ChatConfig
+from eru_jax.judges.spending import Ledger, Spending, read_spending
+from eru_jax.judges.summary import parse_price
 from eru_jax.judges.verdicts import Item, judge_name, judge_pictures, open_journal
 from eru_jax.rewards.base import HostReward
 
 # Those that need no more than a knowledge pair has.
 _FIELDS = {'prompt', 'explanation'}
 NAMES = tuple(name for name, found in PROTOCOLS.items() if _FIELDS.issuperset(found.fields))
+# File in a run's directory of what its judge was asked and cost.
+LEDGER = 'judge_spent.jsonl'
 # Pictures over which the share of unscored ones is taken, at least.
 _WINDOW = 64
 
@@ -49,6 +55,7 @@ class JudgeConfig:
     extra: JSON object of more fields for each request.
     max_unscored: the largest share of unscored pictures, of the last 64 or of an iteration's if
       those are more, with which a run goes on.
+    price: 'IN,OUT', cost of a million tokens, read and written; '' if unknown.
   """
 
   url: str = ''
@@ -61,6 +68,7 @@ class JudgeConfig:
   max_tokens: int = 2048
   extra: str = ''
   max_unscored: float = 0.25
+  price: str = ''
 
   def __post_init__(self):
     if self.protocol not in NAMES:
@@ -71,6 +79,8 @@ class JudgeConfig:
       raise UserError(
         f'Judge config: `max_unscored` is {self.max_unscored!r} but must be in [0, 1).'
       )
+    if self.price:
+      parse_price(self.price)
     if self.url:
       self.chat()
 
@@ -104,12 +114,18 @@ def check_judge(config: JudgeConfig) -> None:
 class JudgeReward:
   """Scores pictures, from 0 to 1, by asking a judge."""
 
-  def __init__(self, config: JudgeConfig, pairs: Sequence[KnowledgePair]):
+  def __init__(
+    self,
+    config: JudgeConfig,
+    pairs: Sequence[KnowledgePair],
+    directory: pathlib.Path | None = None,
+  ):
     """Opens the judge; of several processes, process 0 alone asks it.
 
     Args:
       config: which, and how.
       pairs: all that pictures may be drawn of.
+      directory: where LEDGER is kept; None keeps none.
 
     Raises:
       UserError: as `JudgeConfig.opened`.
@@ -118,7 +134,8 @@ class JudgeReward:
     self._pairs = list(dict.fromkeys(pairs))
     self._rows = {pair: row for row, pair in enumerate(self._pairs)}
     self._client, self._protocol = config.opened()
-    self._journal = None
+    self._directory = directory
+    self._journal, self._ledger = None, None
     self._unscored: collections.deque[bool] = collections.deque()
 
   def targets(self, table: PairTable) -> np.ndarray:
@@ -152,12 +169,18 @@ class JudgeReward:
     if self._journal is None:
       name = judge_name(self._client, self._protocol)
       self._journal = open_journal(cache_directory() / 'judge' / f'{name}.jsonl')
+      self._ledger = self._directory and Ledger(self._directory / LEDGER)
     items = []
     for image, row in zip(images, targets, strict=True):
       pair = self._pairs[row]
       values = {'prompt': pair.implicit, 'explanation': pair.explicit}
       items.append(Item(pair.id or pair.implicit, image, values))
-    found, summary = judge_pictures(self._client, self._protocol, items, self._journal)
+    ledger = self._ledger
+    found, summary = judge_pictures(
+      self._client, self._protocol, items, self._journal, kept=ledger and ledger.add
+    )
+    if ledger is not None:
+      ledger.settle(summary.seconds)
     if summary.unanswered:
       logging.warning('The judge: %s', summary.describe('scored'))
     self._check_scored([verdict.score is None for verdict in found], summary.reasons)
@@ -181,11 +204,44 @@ class JudgeReward:
       )
 
 
-def judge_reward(config: JudgeConfig, pairs: Sequence[KnowledgePair]) -> HostReward:
+def judge_reward(
+  config: JudgeConfig, pairs: Sequence[KnowledgePair], directory: pathlib.Path | None = None
+) -> HostReward:
   """The reward that `no_rl.reward='judge'` names.
 
   Raises:
     UserError: as `JudgeReward`.
   """
-  reward = JudgeReward(config, pairs)
+  reward = JudgeReward(config, pairs, directory)
   return HostReward(reward.score, reward.targets)
+
+
+def judge_spending(config: JudgeConfig, directory: pathlib.Path) -> dict[str, Any]:
+  """Who judged, and what that has come to over all starts of a run, as JSON data.
+
+  Steps that a run repeated count as often as their pictures were asked about: all of it was paid.
+
+  Returns:
+    {'model', 'url', 'price': [IN, OUT] or None, 'total': as of `Spending`, with its 'cost' at that
+    price, None without one or if not all tokens were counted}.
+
+  Raises:
+    UserError: if what was kept cannot be read.
+  """
+  spent = read_spending(directory / LEDGER)
+  price = parse_price(config.price) if config.price else None
+  return {
+    'model': config.model,
+    'url': config.chat().url,
+    'price': list(price) if price else None,
+    'total': {**spent.to_json(), 'cost': spent.priced(price).cost},
+  }
+
+
+def describe_spending(told: dict[str, Any]) -> str:
+  """That for people: a line, and one for each common reason of a picture without a score."""
+  spent, price = Spending.from_json(told['total']), told['price']
+  text = spent.priced(price).describe('scored')
+  if spent.unmetered:
+    text += f'\n  the tokens of {spent.unmetered} were not all counted'
+  return f'judge {told["model"]} at {told["url"]}, repeated steps included: {text}'

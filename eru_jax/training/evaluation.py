@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from eru_jax import sharding
+from eru_jax.benchmarks import statistics
+from eru_jax.benchmarks.proportions import proportion_interval
+from eru_jax.benchmarks.statistics import Design, Sample
+from eru_jax.data.clusters import clusters_of
 from eru_jax.data.pairs import EXPLICIT_SPLITS, KnowledgePair
 from eru_jax.distributed import to_host
 from eru_jax.models.registry import DiffusionModel
 from eru_jax.rewards.emoji import TemplateJudge
 from eru_jax.training.batches import Rows, on_mesh
 from eru_jax.training.experiment import Experiment, Snapshot
-from eru_jax.training.metrics import wilson_interval
 from eru_jax.training.watch import rest, tick
 from eru_jax.types import Conditioning
 
@@ -156,11 +159,29 @@ def spread(count: int, limit: int) -> np.ndarray:
   return np.linspace(0, count - 1, limit).round().astype(np.int64)
 
 
-def accuracy(right: np.ndarray) -> dict[str, Any]:
-  """Share of right pictures with its 95 % Wilson interval."""
-  n = len(right)
-  low, high = wilson_interval(int(right.sum()), n)
-  return {'accuracy': float(right.mean()), 'n': n, 'ci95': [low, high]}
+def accuracy(right: np.ndarray, pairs: Sequence[KnowledgePair]) -> dict[str, Any]:
+  """Share of right pictures (N,) with its 95 % interval, in which pairs about one thing count once.
+
+  Args:
+    right: whether each picture is right.
+    pairs: that they are of.
+  """
+  design, sample = _measured(right, pairs)
+  return {
+    'accuracy': float(right.mean()),
+    **_counted(design),
+    'ci95': proportion_interval(design, sample),
+  }
+
+
+def _measured(values: np.ndarray, pairs: Sequence[KnowledgePair]) -> tuple[Design, Sample]:
+  """A value (N,) of each pair as statistics have it."""
+  design = Design.of([''] * len(pairs), None, clusters_of(pairs))
+  return design, Sample.of(values.astype(np.float64)[:, None])
+
+
+def _counted(design: Design) -> dict[str, int]:
+  return {'n': len(design.clusters), 'clusters': len(set(design.clusters.tolist()))}
 
 
 def pixel_distance(images: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -169,11 +190,17 @@ def pixel_distance(images: np.ndarray, others: np.ndarray) -> np.ndarray:
   return np.sqrt(np.mean(np.square(difference), axis=(1, 2, 3)))
 
 
-def mean_distance(distances: np.ndarray) -> dict[str, Any]:
-  """Mean distance (N,) to the anchors' pictures with its 95 % interval."""
-  n, mean = len(distances), float(distances.mean())
-  half = 1.96 * float(distances.std(ddof=1)) / n**0.5 if n > 1 else 0.0
-  return {'anchor_distance': mean, 'n': n, 'ci95': [mean - half, mean + half]}
+def mean_distance(distances: np.ndarray, pairs: Sequence[KnowledgePair]) -> dict[str, Any]:
+  """Mean distance (N,) to the anchors' pictures with its 95 % interval, as `accuracy`.
+
+  The interval is None where there is one cluster, or all are alike.
+  """
+  design, sample = _measured(distances, pairs)
+  return {
+    'anchor_distance': float(distances.mean()),
+    **_counted(design),
+    'ci95': statistics.interval(design, sample),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,14 +263,15 @@ def evaluate(
       experiment, snapshot, judge, [pair.implicit for pair in pairs], split
     )
     if judge is not None:
-      scores[split] = accuracy(generated[split].shown == answers)
+      scores[split] = accuracy(generated[split].shown == answers, pairs)
     name, rows = f'{split} anchors', anchored(experiment, split)
     if base is None and len(rows):
       anchors = [pairs[row].explicit for row in rows]
       generated[name] = generate(experiment, snapshot, judge, anchors, split, rows)
     if judge is None and len(rows):
       anchors = (generated if base is None else base.generated)[name]
-      scores[split] = mean_distance(pixel_distance(generated[split].images, anchors.images))
+      distances = pixel_distance(generated[split].images, anchors.images)
+      scores[split] = mean_distance(distances, pairs)
   if 'unrelated' in generated:
     now = generated['unrelated'].images
     before = now if base is None else base.generated['unrelated'].images

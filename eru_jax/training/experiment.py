@@ -137,6 +137,7 @@ class Experiment:
     text: embeddings of all prompts.
     planned: whether the mesh is of devices that are not there, so that arrays are described, as
       ShapeDtypeStructs, and not made.
+    directory: where a run that trains keeps small files; None where nothing is trained.
   """
 
   config: ExperimentConfig
@@ -144,6 +145,7 @@ class Experiment:
   world: World
   text: TextTable
   planned: bool = False
+  directory: pathlib.Path | None = None
 
   def schedule(self, model: registry.DiffusionModel, num_steps: int | None = None) -> jax.Array:
     """Solver grid of a model's pictures: of evaluation, or of so many steps."""

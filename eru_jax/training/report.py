@@ -23,6 +23,9 @@ from eru_jax.training.report_scores import (
 from eru_jax.training.report_structure import structure
 from eru_jax.training.report_style import CSS
 
+# Reasons of unscored pictures that are told, the most common ones.
+_REASONS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
@@ -32,7 +35,7 @@ class ReportData:
     title: the heading.
     summary: what summary.json holds: {'stages': {stage: {split:
       {'accuracy' or 'anchor_distance', 'n', 'ci95'}, 'unrelated_drift'}}, 'seconds': {phase: s},
-      'peak_memory_gb': GB, 'versions': {name: text}};
+      'peak_memory_gb': GB, 'versions': {name: text}, 'judge': see `rewards.judge.judge_spending`};
       every part may be missing, and stages and splits may have any name.
     gallery: rows, in the order to show them within their splits.
     metrics: rows of `read_metrics`.
@@ -182,6 +185,8 @@ def _run(report: ReportData) -> str:
     machine = {'peak memory': f'{summary["peak_memory_gb"]:.2f} GB', **machine}
   if machine:
     parts.append(_pairs('Memory and versions', machine))
+  if summary.get('judge'):
+    parts.append(_pairs('Judge of NO-RL, over all starts', _judge(summary['judge'])))
   content = f'<div class="pairs">{"".join(parts)}</div>' if parts else ''
   if report.config:
     content += (
@@ -189,6 +194,27 @@ def _run(report: ReportData) -> str:
       f'<pre tabindex="0">{text(report.config)}</pre></details>'
     )
   return content
+
+
+def _judge(told: Mapping[str, Any]) -> dict[str, str]:
+  """What asking the judge came to; repeated steps were paid again."""
+  total = told['total']
+  asked = total['answered'] + total['unanswered']
+  reasons = sorted(total['reasons'].items(), key=lambda item: -item[1])[:_REASONS]
+  rows = {
+    'judge': f'{told["model"]} at {told["url"]}',
+    'pictures': f'{asked}, repeated steps included; {total["cached"]} scored before',
+    'unscored': '; '.join(
+      [str(total['unanswered']), *(f'{count}: {reason}' for reason, count in reasons)]
+    ),
+    'requests': f'{total["requests"]}, {total["retries"]} of them repeated',
+    'tokens': f'{total["prompt_tokens"]} read, {total["completion_tokens"]} written',
+  }
+  if total['unmetered']:
+    rows['tokens'] += f'; of {total["unmetered"]} pictures not all were counted'
+  if total['cost'] is not None:
+    rows['cost'] = f'{total["cost"]:.4g}'
+  return rows
 
 
 def _pairs(caption: str, values: Mapping[str, str]) -> str:

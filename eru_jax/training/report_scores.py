@@ -1,7 +1,7 @@
 """What the report says about scores: names of stages and splits, bars, a chart, tables.
 
-`stages` is everywhere summary.json's {stage: {split: {'accuracy', 'n', 'ci95'}}}; without a judge
-there is 'anchor_distance' in place of 'accuracy'.
+`stages` is everywhere summary.json's {stage: {split: {'accuracy', 'n', 'clusters', 'ci95'}}};
+without a judge there is 'anchor_distance' in place of 'accuracy'. Older runs have no 'clusters'.
 """
 
 import html
@@ -62,6 +62,9 @@ SPLITS = {
     'Nothing here should change: the pictures of a row should look alike, before and after.',
   ),
 }
+
+# What goes with intervals.
+_CLUSTERS = ', in which prompts about one thing (a cluster) count once'
 
 
 def text(value: Any) -> str:
@@ -150,12 +153,19 @@ def accuracy_table(stages: Mapping[str, Any]) -> str:
       if cell is None:
         cells += '<td>–</td>'
         continue
-      share, n, (low, high) = cell
-      interval = f'{100 * low:.1f} to {percent(high)}, n\u00a0=\u00a0{n}'
+      share, _, (low, high) = cell
+      interval = f'{100 * low:.1f} to {percent(high)}, {_count(stages[stage][split])}'
       cells += f'<td><b>{percent(share)}</b><small>{interval}</small></td>'
     rows.append(_row(text(heading), text(meaning), cells))
-  caption = 'Share of right pictures after each stage, with 95\u202f% Wilson intervals'
+  caption = f'Share of right pictures after each stage, with 95\u202f% intervals{_CLUSTERS}'
   return _by_stage(caption, rows + _drift(stages), stages)
+
+
+def _count(score: Mapping[str, Any]) -> str:
+  """How many prompts a score is of, and how many things they are about."""
+  n = score.get('n', 0)
+  clusters = score.get('clusters', n)
+  return f'n\u00a0=\u00a0{n}' + (f' in {clusters} clusters' if clusters < n else '')
 
 
 def distance_table(stages: Mapping[str, Any]) -> str:
@@ -170,13 +180,13 @@ def distance_table(stages: Mapping[str, Any]) -> str:
       if not _has_distance(value):
         cells += '<td>–</td>'
         continue
-      low, high = value['ci95']
-      interval = f'{low:.3f} to {high:.3f}, n\u00a0=\u00a0{value["n"]}'
+      interval = '{:.3f} to {:.3f}, '.format(*value['ci95']) if value.get('ci95') else ''
+      interval += _count(value)
       cells += f'<td><b>{value["anchor_distance"]:.3f}</b><small>{interval}</small></td>'
     rows.append(_row(text(heading), text(meaning), cells))
   caption = (
     'Distance from what the base draws of the explicit anchor, from the same noise: root mean '
-    'square pixel difference with 95\u202f% intervals'
+    'square pixel difference with 95\u202f% intervals' + _CLUSTERS
   )
   return _by_stage(caption, rows + _drift(stages), stages) if rows else ''
 

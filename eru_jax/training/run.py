@@ -20,6 +20,7 @@ from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory, replace_file
 from eru_jax.models import lora
+from eru_jax.rewards.judge import describe_spending, judge_spending
 from eru_jax.training import config as config_lib
 from eru_jax.training import experiment as experiment_lib
 from eru_jax.training import modules
@@ -90,6 +91,7 @@ def _train(config: config_lib.ExperimentConfig, workdir: str) -> None:
 
   with seconds('load'):
     experiment, snapshot = experiment_lib.open_experiment(config, mesh)
+    experiment = dataclasses.replace(experiment, directory=directory)
   judge = judge_of(experiment)
   evaluations: dict[str, Evaluation] = {}
   snapshots: dict[str, Snapshot] = {}
@@ -151,6 +153,9 @@ def _train(config: config_lib.ExperimentConfig, workdir: str) -> None:
     'peak_memory_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 1e9,
     'versions': versions(),
   }
+  if 'no_rl' in config.stages and config.no_rl.reward == 'judge':
+    summary['judge'] = judge_spending(config.no_rl.judge, directory)
+    print(f'no_rl: {describe_spending(summary["judge"])}')
   rows = gallery_rows(experiment, evaluations)
   save_grids(directory / 'samples', rows)
   write_report(

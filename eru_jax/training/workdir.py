@@ -30,7 +30,7 @@ _FREE = (
   'title', 'wandb_project', 'mesh', 'watch', 'evaluation.diagnosis',
   *(
     f'no_rl.judge.{name}'
-    for name in ('url', 'timeout', 'attempts', 'concurrency', 'max_tokens', 'max_unscored')
+    for name in ('url', 'timeout', 'attempts', 'concurrency', 'max_tokens', 'max_unscored', 'price')
   ),
 )  # fmt: skip
 # What a run has achieved. A workdir without any of it belongs to nobody yet.

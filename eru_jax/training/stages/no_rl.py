@@ -58,7 +58,8 @@ def open_reward(
   """
   if config.reward == 'judge':
     splits = experiment.world.splits
-    return judge_reward(config.judge, [*splits['train'].pairs, *splits['explicit'].pairs])
+    pairs = [*splits['train'].pairs, *splits['explicit'].pairs]
+    return judge_reward(config.judge, pairs, experiment.directory)
   if config.reward == 'emoji':
     judge = EmojiReward(len(experiment.world.pictures.names))
     reward = Reward(snapshot.reward, judge, lambda table: table.index)

@@ -1,0 +1,333 @@
+"""Prompts about one thing count once: closed forms, coverage by simulation, and who is of whom."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from eru_jax.benchmarks import emoji, science_t2i, statistics
+from eru_jax.benchmarks.base import Protocol, Question, single
+from eru_jax.benchmarks.proportions import proportion_interval
+from eru_jax.benchmarks.statistics import Design, Sample
+from eru_jax.data.clusters import clusters_of
+from eru_jax.data.pairs import KnowledgePair
+from eru_jax.evaluating import gallery_summary, results
+from eru_jax.evaluating.aggregation import aggregate, comparisons, ratios
+from eru_jax.training.evaluation import accuracy, mean_distance
+from eru_jax.training.metrics import wilson_interval
+from eru_jax.training.report_scores import accuracy_table, distance_table
+
+ACCURACY = single('x', span=(0, 1), proportion=True)
+
+
+def questions(clusters, categories=None):
+  categories = categories or ['a'] * len(clusters)
+  return [
+    Question(str(i), category, {'implicit': f'prompt {i}'}, cluster=cluster)
+    for i, (cluster, category) in enumerate(zip(clusters, categories, strict=True))
+  ]
+
+
+def column(*values):
+  return np.array(values, np.float64)[:, None]
+
+
+def told_of(clusters, values, protocol=None, categories=None):
+  return aggregate(protocol or single('x'), questions(clusters, categories), column(*values))
+
+
+def difference(clusters, base, other):
+  values = {'base': {'implicit': column(*base)}, 'other': {'implicit': column(*other)}}
+  (told,) = comparisons(single('x'), questions(clusters), values)
+  return told
+
+
+# By hand
+
+
+def test_interval_of_clusters_by_hand():
+  told = told_of(['x', 'x', '', 'y', 'y'], (1, 3, 5, 3, 3))
+  # Mean 3; of the error clusters make (4 - 6)/5, (5 - 3)/5 and 0; t of two degrees of freedom.
+  half = 4.302653 * math.sqrt(3 / 2 * (0.16 + 0.16))
+  assert told['score'] == 3
+  np.testing.assert_allclose(told['ci95'], [3 - half, 3 + half], atol=1e-6)
+  assert (told['n'], told['prompts'], told['clusters']) == (5, 5, 3)
+  # An unscored prompt is none of its cluster, and a cluster of such is none.
+  told = told_of(['x', 'x', '', 'y', 'z'], (1, math.nan, 5, 3, math.nan))
+  half = 4.302653 * math.sqrt(4 / 3)
+  np.testing.assert_allclose(told['ci95'], [3 - half, 3 + half], rtol=1e-6)
+  assert (told['n'], told['unscored'], told['prompts'], told['clusters']) == (3, 2, 3, 3)
+  # Of one cluster no spread is known, however many prompts it has.
+  assert told_of(['x'] * 9, range(9))['ci95'] is None
+
+
+def test_whole_clusters_are_exchanged():
+  clusters = [name for name in 'abcd' for _ in range(3)]
+  told = difference(clusters, [0] * 12, [1] * 12)
+  assert told['p'] == 2 / 2**4 and (told['n'], told['clusters']) == (12, 4)
+  assert difference([''] * 12, [0] * 12, [1] * 12)['p'] == 2 / 2**12
+  # What a cluster wins and loses again is no difference of it: three that win are left.
+  told = difference([*clusters, 'e', 'e'], [0] * 14, [1] * 9 + [2, -1, -1] + [1, -1])
+  assert told['p'] == 2 / 2**3
+  # 3 + 4 - 1 = 6: of the eight signs of 3, 4 and 1 four make 6 or more.
+  told = difference(['a', 'a', 'b', 'b', 'c'], [0] * 5, [1, 2, 4, 0, -1])
+  assert told['p'] == 4 / 8
+
+
+def test_prompts_of_a_cluster_are_as_pictures_of_a_prompt():
+  """Which `test_benchmark_scores` holds against closed forms."""
+  rng = np.random.default_rng(1)
+  pictures = {
+    name: rng.normal(mean, 1, (12, 3)) + rng.normal(0, 1, (12, 1))
+    for name, mean in (('implicit', 1.0), ('superficial', 0.0), ('explicit', 9.0))
+  }
+  pictures['implicit'][3, 1] = pictures['implicit'][4] = math.nan
+  categories = ['a'] * 6 + ['b'] * 6
+  protocol = Protocol(('x',), lambda s: s['x'], {'a': 0.3, 'b': 0.7})
+  together = questions([''] * 12, categories)
+  apart = questions(
+    [str(row) for row in range(12) for _ in range(3)], np.repeat(categories, 3).tolist()
+  )
+  told, other = (
+    aggregate(protocol, asked, pictures['implicit'].reshape(len(asked), -1))
+    for asked in (together, apart)
+  )
+  assert (told['score'], *told['ci95']) == pytest.approx((other['score'], *other['ci95']))
+  assert (told['prompts'], other['prompts'], other['clusters']) == (11, 32, 11)
+  scored = np.isfinite(pictures['implicit'])
+  # Both sides of a pair are of the same pictures, as common prompts are.
+  known = {name: np.where(scored, array, math.nan) for name, array in pictures.items()}
+  for find in (lambda *a: comparisons(*a)[0], lambda *a: ratios(*a)['base']['nd']):
+    first, second = (
+      find(
+        protocol,
+        asked,
+        {'base': {name: array.reshape(len(asked), -1) for name, array in known.items()}},
+      )
+      for asked in (together, apart)
+    )
+    assert second['clusters'] == first['clusters'] == first['n'] == 11 and second['n'] == 32
+    for name in ('difference', 'value', 'p'):
+      assert first.get(name) == pytest.approx(second.get(name))
+    assert first['ci95'] == pytest.approx(second['ci95'])
+
+
+def test_clusters_of_one_prompt_change_nothing():
+  rng = np.random.default_rng(2)
+  categories = ['a'] * 20 + ['b'] * 10
+  first, second = (Sample.of(rng.normal(size=(30, 2))) for _ in range(2))
+  for weights in (None, {'a': 0.5, 'b': 0.5}):
+    plain = Design.of(categories, weights)
+    named = Design.of(categories, weights, [f'c{row}' for row in range(30)])
+    assert statistics.interval(plain, first) == statistics.interval(named, first)
+    assert statistics.compare(plain, first, second) == statistics.compare(named, first, second)
+    position = statistics.position(plain, first, second, second.where(first.counts > 0))
+    assert position == statistics.position(named, first, second, second.where(first.counts > 0))
+  # Wilson's to the last bit where every cluster has one picture.
+  for right in range(8):
+    values = [1.0] * right + [0.0] * (7 - right)
+    told = told_of(list('abcdefg'), values, ACCURACY)
+    assert told['ci95'] == list(wilson_interval(right, 7))
+
+
+def test_categories_that_share_clusters_are_one_stratum():
+  weights = {'a': 0.5, 'b': 0.5}
+  protocol = Protocol(('x',), lambda s: s['x'], weights)
+  categories = ['a', 'a', 'a', 'b', 'b', 'b']
+  told = told_of(list('xyzxyz'), (1, 3, 5, 2, 6, 4), protocol, categories)
+  # Off the categories' means 3 and 4: x by -2 and -2, y by 0 and 2, z by 2 and 0, each times 1/6;
+  # three clusters less two means leave one degree of freedom.
+  half = 12.7062 * math.sqrt(3 * (16 + 4 + 4) / 36)
+  assert told['score'] == 3.5
+  np.testing.assert_allclose(told['ci95'], [3.5 - half, 3.5 + half], rtol=1e-5)
+  # A third category with clusters of its own stays a stratum of its own.
+  weights |= {'c': 1.0}
+  design = Design.of([*categories, 'c', 'c'], weights, [*'xyzxyz', '', ''])
+  spread = statistics._Spread.of(design, np.ones(8, bool))
+  assert spread.freedom.tolist() == [1, 1] and spread.members.sum(axis=0).tolist() == [3, 2]
+  # Linked by a third one, as a chain.
+  design = Design.of(list('abcaab'), weights, ['x', 'x', 'y', 'y', '', ''])
+  assert statistics._Spread.of(design, np.ones(6, bool)).freedom.tolist() == [4 - 3]
+  # A prompt that is not scored links nothing.
+  scored = np.array([True, False, True, False, True, True])
+  assert len(statistics._Spread.of(design, scored).freedom) == 3
+
+
+def share(sums, counts):
+  """The interval of clusters with so many right pictures of so many."""
+  values = [float(k < right) for right, n in zip(sums, counts, strict=True) for k in range(n)]
+  names = [str(row) for row, n in enumerate(counts) for _ in range(n)]
+  return told_of(names, values, ACCURACY)['ci95']
+
+
+def test_shares_that_are_all_right_or_all_wrong_have_an_interval():
+  # Wilson's of ten: 10 / (10 + 1.96^2), as if the pictures of a cluster were one.
+  np.testing.assert_allclose(share([2] * 10, [2] * 10), [10 / 13.8416, 1], rtol=1e-6)
+  np.testing.assert_allclose(share([0] * 10, [2] * 10), [0, 3.8416 / 13.8416], rtol=1e-6)
+  # Clusters of 1 and 3 pictures say as much as 16/10 alike.
+  np.testing.assert_allclose(share([1, 3], [1, 3]), [1.6 / (1.6 + 3.8416), 1], rtol=1e-6)
+  # Several pictures of a prompt likewise.
+  told = aggregate(ACCURACY, questions([''] * 10), np.ones((10, 2)))
+  np.testing.assert_allclose(told['ci95'], [10 / 13.8416, 1], rtol=1e-6)
+  # One more right picture never lowers a bound.
+  bounds = [share([2] * k + [1] * one + [0] * (20 - k - one), [2] * 20)
+            for k in range(21) for one in (0, 1) if k + one <= 20]  # fmt: skip
+  assert (np.diff(bounds, axis=0) > -1e-12).all()
+
+
+def test_the_effective_number_of_pictures_by_hand():
+  # Clusters (1 of 2), (1 of 2), and the two added: variance 4/3 x 2/64 for 1/32 of independent
+  # pictures. So the four say as much as three, of which 1.5 are right.
+  half = math.sqrt(3.8416 / 3 * (0.25 + 3.8416 / 12)) / (1 + 3.8416 / 3)
+  np.testing.assert_allclose(share([1, 1], [2, 2]), [0.5 - half, 0.5 + half], rtol=1e-6)
+  # Pictures that are alike are one each, and those of opposites in each cluster no more than all.
+  assert share([2, 0, 2, 0], [2] * 4) == pytest.approx(wilson_interval(2, 4))
+  assert share([4] * 50, [8] * 50) == pytest.approx(wilson_interval(200, 400))
+
+
+def test_weighted_shares_that_are_all_right_have_an_interval():
+  protocol = single('x', weights={'a': 0.4, 'b': 0.6}, span=(0, 1), proportion=True)
+  told = told_of(['x', 'x', '', '', ''], [1] * 5, protocol, list('aaabb'))
+  # Shares of the clusters: 4/15 and 2/15 of 'a', 3/10 and 3/10 of 'b'.
+  size = 1 / (16 / 225 + 4 / 225 + 2 * 9 / 100)
+  np.testing.assert_allclose(told['ci95'], [size / (size + 3.8416), 1], rtol=1e-6)
+  # With a spread that is known the interval is Student's, as of any weighted score.
+  values = [1, 0, 1, 1, 0]
+  plain = Protocol(protocol.keys, protocol.value, protocol.weights, span=(0, 1))
+  told, other = (told_of([''] * 5, values, one, list('aaabb')) for one in (protocol, plain))
+  assert told['ci95'] == other['ci95'] != [0, 0]
+  assert proportion_interval(Design.of(['a'], {'a': 1}), Sample.of(column(math.nan))) is None
+
+
+# By simulation: facts with four wordings each, half of whose spread is the fact's.
+
+FACTS, WORDINGS = 30, 4
+NAMES = [str(fact) for fact in range(FACTS) for _ in range(WORDINGS)]
+
+
+def wordings(rng, right):
+  """(Q,) right or wrong, a share `right` of them, correlated within facts."""
+  common = np.repeat(rng.random(FACTS) < right, WORDINGS)
+  return np.where(rng.random(len(NAMES)) < 0.7, common, rng.random(len(NAMES)) < right)
+
+
+@pytest.mark.parametrize('right', [0.5, 0.8, 0.95])
+def test_coverage_of_correlated_wordings(right):
+  rng, count = np.random.default_rng(7), 500
+  held = {'clusters': 0, 'prompts': 0}
+  for _ in range(count):
+    values = column(*wordings(rng, right))
+    for unit, names in (('clusters', NAMES), ('prompts', None)):
+      design = Design.of([''] * len(NAMES), None, names)
+      low, high = proportion_interval(design, Sample.of(values))
+      held[unit] += low <= right <= high
+  assert 0.92 <= held['clusters'] / count <= 0.99
+  # Which prompts as units do not reach: the test can fail.
+  assert held['prompts'] / count < 0.88
+
+
+def test_coverage_and_size_of_differences_of_correlated_wordings(monkeypatch):
+  monkeypatch.setattr(statistics, '_EXACT', 0)
+  monkeypatch.setattr(statistics, '_EXCHANGES', 99)
+  rng, count = np.random.default_rng(8), 400
+  held, significant = {'clusters': 0, 'prompts': 0}, {'clusters': 0, 'prompts': 0}
+  for seed in range(count):
+    first, second = (Sample.of(column(*wordings(rng, 0.6))) for _ in range(2))
+    for unit, names in (('clusters', NAMES), ('prompts', None)):
+      design = Design.of([''] * len(NAMES), None, names)
+      found = statistics.compare(design, first, second, seed)
+      held[unit] += found['ci95'][0] <= 0 <= found['ci95'][1]
+      significant[unit] += found['p'] <= 0.05
+  assert 0.92 <= held['clusters'] / count <= 0.98
+  assert 0.02 <= significant['clusters'] / count <= 0.085
+  assert held['prompts'] / count < 0.85 and significant['prompts'] / count > 0.15
+
+
+def test_coverage_where_clusters_have_prompts_of_several_categories():
+  rng, held, count = np.random.default_rng(9), 0, 500
+  for _ in range(count):
+    rows = []
+    for number in range(15):
+      common = rng.normal()
+      for name in 'ab' if rng.random() < 0.3 else 'ab'[number % 2]:
+        shift = 2 * (name == 'b')
+        rows += [(name, str(number), common + shift + 0.5 * rng.normal()) for _ in range(2)]
+    categories, clusters, values = zip(*rows, strict=True)
+    design = Design.of(categories, {'a': 0.4, 'b': 0.6}, clusters)
+    low, high = statistics.interval(design, Sample.of(column(*values)))
+    held += low <= 0.6 * 2 <= high
+  assert 0.92 <= held / count <= 0.98
+
+
+# Who is of whom
+
+
+def pair(name, explicit, split='wording'):
+  return KnowledgePair(f'prompt {name} {split}', explicit, 'c', split, name)
+
+
+def test_pairs_of_a_fact_or_with_an_answer_are_about_one_thing():
+  pairs = [
+    pair('doctor/unseen/0', 'red apple'), pair('doctor/unseen/1', 'A  Red apple'),
+    pair('teacher/unseen/0', 'red apple', 'fact'), pair('moth/0', 'butterfly'),
+    # The anchors of a row of Science-T2I's training set are worded in several ways.
+    pair('00001/0', 'a rusty nail'), pair('00001/1', 'a nail full of rust'),
+    pair('mine:7', 'A butterfly'), pair('mine:8', 'cat'),
+    # Bare names have ids that are no facts.
+    pair('explicit/cat', 'cat', 'explicit'), pair('explicit/dog', 'dog', 'explicit'),
+    pair('', 'dog', 'train'), pair('', 'cow', 'train'),
+  ]  # fmt: skip
+  found = clusters_of(pairs)
+  numbers = [found.index(name) for name in found]
+  assert numbers == [0, 0, 0, 3, 4, 4, 3, 7, 7, 9, 9, 11]
+  assert found[0] == 'red apple' and found[3] == 'butterfly'
+  assert [question.cluster for question in emoji.from_pairs(pairs)] == found
+  # Chains, too, whatever the order.
+  chain = [pair('a/0', 'x'), pair('b/0', 'y'), pair('a/1', 'z'), pair('b/1', 'z'), pair('c/0', 'w')]
+  for pairs in (chain, chain[::-1]):
+    assert len(set(clusters_of(pairs))) == 2
+  assert clusters_of([]) == []
+
+
+def test_rows_of_science_t2i_for_training_are_clusters_and_for_testing_on_their_own(tmp_path):
+  row = {'category': 'physics', 'law': 'gravity'}
+  one = {f'{name}_prompt': f'a {name} ball' for name in ('implicit', 'explicit', 'superficial')}
+  several = {name: [text, f'{text}, falling'] for name, text in one.items()}
+  for name, texts in (('train', several), ('S', one)):
+    lines = json.dumps(row | texts) + '\n'
+    (tmp_path / f'{name}.jsonl').write_text(lines * 2)
+  trained = science_t2i.read_training_questions(str(tmp_path))
+  assert [question.cluster for question in trained] == ['00001', '00001', '00002', '00002']
+  assert [question.cluster for question in science_t2i.read_questions(str(tmp_path))] == ['', '']
+
+
+def test_clusters_are_told_where_they_are_fewer_than_prompts():
+  told = told_of(['x', 'x', 'y', 'y'], (1, 0, 1, 1), ACCURACY)
+  assert results._line(ACCURACY, told).endswith('4 pictures in 2 clusters')
+  assert gallery_summary._range(ACCURACY, told).endswith('4 pictures in 2 clusters')
+  (row, *_) = results._summary_rows({'stages': {'m': {'implicit': told}}})
+  assert (row['pictures'], row['prompts'], row['clusters']) == (4, 4, 2)
+  told = difference(['x', 'x', 'y', 'y'], [0] * 4, [1, 0, 1, 1])
+  assert 'p = 0.5, 4 prompts in 2 clusters"' in gallery_summary._difference(ACCURACY, told, True)
+  told = told_of([''] * 4, (1, 0, 1, 1), ACCURACY)
+  assert results._line(ACCURACY, told).endswith('4 pictures')
+
+
+def test_a_run_counts_things_not_wordings():
+  pairs = [pair(f'fact {n // 2}/unseen/{n % 2}', f'thing {n // 2}') for n in range(20)]
+  found = accuracy(np.ones(20, bool), pairs)
+  assert (found['accuracy'], found['n'], found['clusters']) == (1, 20, 10)
+  np.testing.assert_allclose(found['ci95'], [10 / 13.8416, 1], rtol=1e-6)
+  distances = np.repeat(np.arange(10) / 10, 2).astype(np.float32)
+  distance = mean_distance(distances, pairs)
+  assert (distance['n'], distance['clusters']) == (20, 10)
+  # Deviation of ten clusters, t of nine degrees of freedom.
+  half = 2.262157 * np.std(np.arange(10) / 10, ddof=1) / math.sqrt(10)
+  np.testing.assert_allclose(distance['ci95'], [0.45 - half, 0.45 + half], rtol=1e-4)
+  assert mean_distance(distances[:2], pairs[:2])['ci95'] is None
+  page = accuracy_table({'base': {'wording': found, 'fact': {**found, 'clusters': 20}}})
+  assert page.count('in 10 clusters') == 1 and page.count('n\u00a0=\u00a020') == 2
+  rows = {'wording': distance, 'fact': {**distance, 'ci95': None}}
+  page = distance_table({'base': rows})
+  assert page.count('in 10 clusters') == 2 and page.count('0.450') == 2
