@@ -9,6 +9,7 @@ into --output. Rows, and what they have in common, are in `ablation_rows.py`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -52,6 +53,19 @@ def made_with(config, row):
   biased = {'base': 'biased', 'copies': row.copies} if row.biased else {}
   made = {'config': to_json(config), 'start': row.start, 'facts': facts, **biased}
   return json.loads(json.dumps(made))
+
+
+def facts_of(data, max_prompts):
+  """Split -> what each of its prompts is about that `measure` asks for."""
+  from eru_jax.data.clusters import clusters_of
+  from eru_jax.training.evaluation import spread
+  from eru_jax.training.experiment import open_world
+
+  found, splits = {}, open_world(data).splits
+  for split in SPLITS:
+    pairs = splits[split].pairs
+    found[split] = clusters_of([pairs[row] for row in spread(len(pairs), max_prompts)])
+  return found
 
 
 def diversity(experiment, snapshot, judge):
@@ -191,6 +205,8 @@ def main(argv):
   output = pathlib.Path(_OUTPUT.value or (_RECORDED if whole else root))
   output.mkdir(parents=True, exist_ok=True)
   runner = Runner(root, _QUICK.value)
+  asked = functools.cache(facts_of)
+  configs = [(row, config_of(row, 0, _QUICK.value)) for row in rows]
   per_row, began = {}, time.monotonic()
   for seed in range(_SEEDS.value):
     for row in rows:
@@ -199,8 +215,12 @@ def main(argv):
       per_row.setdefault(row.name, []).append(runner(row, seed))
       jax.clear_caches()
       summaries = {
-        row.name: summarise(per_row[row.name], per_row.get(compared_with(row), ()))
-        for row in rows
+        row.name: summarise(
+          per_row[row.name],
+          asked(config.data, config.evaluation.max_prompts),
+          per_row.get(compared_with(row), ()),
+        )
+        for row, config in configs
         if row.name in per_row
       }
       found = summaries[row.name]

@@ -6,13 +6,23 @@ SPLITS = ('train', 'wording', 'fact', 'explicit', 'unrelated')
 GAINS = {'gain': 'wording', 'gain explicit': 'explicit'}
 
 
-def resampled(verdicts, draws=2000):
-  """Mean and 95 % interval of (seeds, prompts) verdicts, or differences; both are resampled."""
+def resampled(verdicts, facts, draws=2000):
+  """Mean and 95 % interval of verdicts, or differences; seeds and facts are resampled.
+
+  Args:
+    verdicts: (seeds, prompts).
+    facts: (prompts,) what each is about: wordings of one fact are right or wrong together.
+    draws: how often.
+  """
   rng = np.random.default_rng(0)
-  seeds, prompts = verdicts.shape
-  s = rng.integers(seeds, size=(draws, seeds))
-  p = rng.integers(prompts, size=(draws, prompts))
-  means = np.array([verdicts[np.ix_(a, b)].mean() for a, b in zip(s, p, strict=True)])
+  _, numbers = np.unique(facts, return_inverse=True)
+  members = numbers == np.arange(numbers.max() + 1)[:, None]
+  seeds, count = len(verdicts), len(members)
+  # How often each seed and each fact is drawn.
+  s = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws)
+  f = rng.multinomial(count, np.full(count, 1 / count), draws)
+  sums, sizes = verdicts @ members.T, members.sum(1)
+  means = np.einsum('ds,sf,df->d', s, sums, f) / (seeds * (f @ sizes))
   low, high = np.quantile(means, (0.025, 0.975))
   return float(verdicts.mean()), float(low), float(high)
 
@@ -24,11 +34,12 @@ def _verdicts(per_seed, split):
   )
 
 
-def summarise(per_seed, reference=()):
+def summarise(per_seed, facts, reference=()):
   """What a table has of a row.
 
   Args:
     per_seed: its scores, a seed each.
+    facts: split -> what its prompts are about, see `resampled`.
     reference: those of the row that it is compared with, of which it takes as many seeds; the base
       has one for all.
 
@@ -44,11 +55,11 @@ def summarise(per_seed, reference=()):
       if len(before) == 1:
         before = np.repeat(before, len(per_seed), axis=0)
       both = min(len(before), len(per_seed))
-      result[name] = resampled(_verdicts(per_seed, split)[:both] - before[:both])
+      result[name] = resampled(_verdicts(per_seed, split)[:both] - before[:both], facts[split])
   for split in SPLITS:
     verdicts = _verdicts(per_seed, split)
     deviation = float(verdicts.mean(1).std(ddof=1)) if len(per_seed) > 1 else None
-    result[split] = [*resampled(verdicts), deviation]
+    result[split] = [*resampled(verdicts, facts[split]), deviation]
   for name in ('drift', 'diversity'):
     result[name] = float(np.mean([scores[name] for scores in per_seed]))
   # The first seed compiles.

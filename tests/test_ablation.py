@@ -19,6 +19,11 @@ def modules():
   sys.path.remove(str(BENCHMARKS))
 
 
+def _alone(results, prompts):
+  """Every prompt of every split is about something else."""
+  return dict.fromkeys(results.SPLITS, range(prompts))
+
+
 def test_every_row_is_a_config_of_its_own(modules):
   """Names and directories are unique, starts exist before they are needed, values are valid."""
   from eru_jax.training.config import to_json
@@ -51,15 +56,22 @@ def test_intervals_resample_seeds_and_prompts(modules):
   results, _ = modules
   rng = np.random.default_rng(1)
   verdicts = (rng.random((3, 400)) < 0.3).astype(int)
-  mean, low, high = results.resampled(verdicts)
+  mean, low, high = results.resampled(verdicts, range(400))
   assert mean == verdicts.mean() and low < mean < high
   # Independent verdicts: seeds and prompts resampled together, at most twice the binomial's width.
   width = 2 * 1.96 * (0.3 * 0.7 / 1200) ** 0.5
   assert 0.9 * width < high - low < 2.2 * width
   # What one seed learnt and the others did not is uncertain, however many prompts there are.
   split = np.repeat([[1], [0], [0]], 400, 1)
-  assert results.resampled(split)[1:] == (0.0, 1.0)
-  assert results.resampled(np.ones((2, 5))) == (1.0, 1.0, 1.0)
+  assert results.resampled(split, range(400))[1:] == (0.0, 1.0)
+  assert results.resampled(np.ones((2, 5)), range(5)) == (1.0, 1.0, 1.0)
+  # Wordings that are right together say no more than one of them.
+  facts, alike = np.repeat(np.arange(100), 4), np.repeat(verdicts[:, :100], 4, axis=1)
+  once = results.resampled(verdicts[:, :100], range(100))
+  assert results.resampled(alike, facts) == pytest.approx(once)
+  # A fact counts by its prompts: three of four here.
+  uneven = results.resampled(np.array([[1, 1, 1, 0]]), ['a', 'a', 'a', 'b'])
+  assert uneven == (0.75, 0.0, 1.0)
 
 
 def test_summary_and_table(modules):
@@ -67,10 +79,12 @@ def test_summary_and_table(modules):
   right = {split: '0110' for split in results.SPLITS}
   one = {'right': right, 'drift': 0.1, 'diversity': 0.2, 'seconds': 9.0}
   two = {'right': {**right, 'wording': '1111'}, 'drift': 0.3, 'diversity': 0.2, 'seconds': 4.0}
-  found = results.summarise([one, two])
+  found = results.summarise([one, two], _alone(results, 4))
   assert found['wording'][0] == 0.75 and abs(found['wording'][3] - 0.5 / 2**0.5) < 1e-12
   assert found['seconds'] == 4.0 and abs(found['drift'] - 0.2) < 1e-12 and found['seeds'] == 2
-  text = results.table(rows.ROWS, {'mixture': found, 'base': results.summarise([one])})
+  text = results.table(
+    rows.ROWS, {'mixture': found, 'base': results.summarise([one], _alone(results, 4))}
+  )
   assert '| mixture | 2 | 75.0 ± 35.4 (' in text and '| base | 1 | 50.0 (' in text
   assert ') |  | 50.0 (' in text  # neither is compared with anything
   assert '**NO-RL**' not in text
@@ -83,18 +97,19 @@ def test_gains_are_of_the_same_prompts(modules):
     right = [{split: one for split in results.SPLITS} for one in verdicts]
     return [{'right': one, 'drift': 0.0, 'diversity': 0.0, 'seconds': 1.0} for one in right]
 
+  alone, two = _alone(results, 4), _alone(results, 2)
   # One prompt won by each seed: of shares alone nobody could tell.
-  mean, low, high = results.summarise(scores('0111', '1110'), scores('0011', '1100'))['gain']
+  mean, low, high = results.summarise(scores('0111', '1110'), alone, scores('0011', '1100'))['gain']
   assert mean == 0.25 and 0 <= low < mean < high
   # The base has one seed, another row may have fewer.
-  assert results.summarise(scores('11', '11'), scores('00'))['gain'] == (1.0, 1.0, 1.0)
-  assert results.summarise(scores('11'), scores('11', '00'))['gain'] == (0.0, 0.0, 0.0)
+  assert results.summarise(scores('11', '11'), two, scores('00'))['gain'] == (1.0, 1.0, 1.0)
+  assert results.summarise(scores('11'), two, scores('11', '00'))['gain'] == (0.0, 0.0, 0.0)
   start = {row.name: rows.compared_with(row) for row in rows.ROWS}
   assert start['N1'] == start['b1, on-policy'] == start['1 wording'] == 'mixture'
   assert start['N1 from the base'] == 'base' and start['N1 from 40 steps'] == 'mixture, 40 steps'
   assert start['N1, biased anchors'] == 'mixture, biased anchors'
   assert start['base'] is start['biased base'] is start['mixture'] is start['12 facts'] is None
-  found = {'N1': results.summarise(scores('0111', '1110'), scores('0011', '1100'))}
+  found = {'N1': results.summarise(scores('0111', '1110'), alone, scores('0011', '1100'))}
   assert '| +25.0 (' in results.table(rows.ROWS, found)
 
 
@@ -103,7 +118,7 @@ def test_several_pictures_of_a_prompt_are_a_share(modules):
   one = {'right': dict.fromkeys(results.SPLITS, '04'), 'drift': 0.0, 'diversity': 0.0,
          'seconds': 1.0, 'copies': 4}  # fmt: skip
   better = {**one, 'right': {**one['right'], 'explicit': '24'}}
-  found = results.summarise([better], [one])
+  found = results.summarise([better], _alone(results, 2), [one])
   assert found['wording'][0] == 0.5 and found['explicit'][0] == 0.75
   assert found['gain'][0] == 0 and found['gain explicit'][0] == 0.25
   name = 'N1, biased anchors'
@@ -111,6 +126,24 @@ def test_several_pictures_of_a_prompt_are_a_share(modules):
   assert head.count('gain') == 2 and '| 75.0 (50-100) | +25.0 (+0 to +50) |' in row
   assert head.count('|') == row.count('|')
   assert results.table(rows.ROWS, {'mixture': found}).count('gain') == 1
+
+
+def test_wordings_go_with_their_facts(modules, emoji_cache):
+  del modules, emoji_cache
+  from eru_jax.training.config import DataConfig
+
+  sys.path.insert(0, str(BENCHMARKS))
+  try:
+    ablation = importlib.import_module('ablation')
+  finally:
+    sys.path.remove(str(BENCHMARKS))
+  facts = ablation.facts_of(DataConfig(max_facts=12), 48)
+  assert {split: len(found) for split, found in facts.items()} == {
+    'train': 48, 'wording': 24, 'fact': 48, 'explicit': 12, 'unrelated': 48,
+  }  # fmt: skip
+  assert len(set(facts['wording'])) == len(set(facts['train'])) == 12
+  assert set(facts['wording']) == set(facts['explicit'])
+  assert len(set(facts['unrelated'])) == 48
 
 
 def test_biased_names_lead_as_often_elsewhere(modules):
