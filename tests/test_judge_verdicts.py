@@ -1,5 +1,6 @@
 """Many pictures and a judge that is not always there: verdicts, their journal, and the summary."""
 
+import concurrent.futures
 import json
 import os
 import signal
@@ -358,6 +359,22 @@ def test_the_first_picture_alone_may_be_denied(tmp_path):
     client = server.client(concurrency=1)
     judge_pictures(client.impatient(2), WISE, _items(2)[1:])
     assert _scores(judge_pictures(client, WISE, _items(2))[0]) == [None, 1]
+
+
+def test_who_answered_first_is_known_even_if_all_came_back_meanwhile(monkeypatch):
+  """A judge can be faster than its questions are handed out."""
+
+  class Late(concurrent.futures.ThreadPoolExecutor):
+    def submit(self, *arguments):
+      future = super().submit(*arguments)
+      concurrent.futures.wait([future])
+      return future
+
+  monkeypatch.setattr(concurrent.futures, 'ThreadPoolExecutor', Late)
+  with JudgeServer(answers(_third), usual=fails(403, 'flagged')) as server:
+    # Were a denied one taken for the first, it would mean a wrong key.
+    verdicts, _ = judge_pictures(server.client(concurrency=1), WISE, _items(12))
+  assert _scores(verdicts) == [0] + [None] * 11
 
 
 def test_a_judge_that_hangs_on_a_few_pictures_is_not_gone(tmp_path):

@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -85,12 +86,17 @@ def ask(
     if journal.holds(lambda row: row['judge'] == judge and 'reply' in row):
       client.heard.set()
   patience = Patience(client.heard.is_set(), client.config.concurrency)
+  # As they come back, which `patience` counts on: `as_completed` begins with those that are done
+  # already, in any order.
+  finished: queue.SimpleQueue[concurrent.futures.Future] = queue.SimpleQueue()
+  places = {}
   try:
-    places = {
-      pool.submit(_answer, client, question, read, judge, journal, halt): place
-      for place, question in enumerate(questions)
-    }
-    for done, future in enumerate(concurrent.futures.as_completed(places), start=1):
+    for place, question in enumerate(questions):
+      future = pool.submit(_answer, client, question, read, judge, journal, halt)
+      places[future] = place
+      future.add_done_callback(finished.put)
+    for done in range(1, len(questions) + 1):
+      future = finished.get()
       answer, failure = future.result()
       answers[places[future]] = answer
       if failure is None:
