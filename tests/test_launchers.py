@@ -382,6 +382,17 @@ def test_xpk_pods_that_are_taken_away_save_and_ask_to_be_started_again(desk):
   assert process.wait(60) == 143
 
 
+@pytest.mark.parametrize('before', ['python -m eru_jax', 'child=', 'wait'])
+def test_xpk_pods_may_be_taken_away_as_training_begins(desk, tmp_path, before):
+  """The signal comes before the first command of the worker that begins so."""
+  launcher(desk, 'xpk.sh', 'run', '--name=w', '--cluster=c', '--tpu=v5litepod-16', *BUCKET)
+  signals = f'*xpk_worker.sh:"{before}"*) trap - DEBUG; kill -TERM $$ ;;'
+  (tmp_path / 'early.sh').write_text(f"trap 'case $0:$BASH_COMMAND in {signals} esac' DEBUG\n")
+  process = pod(desk, TRAIN='wait', BASH_ENV=str(tmp_path / 'early.sh'))
+  output, _ = process.communicate(timeout=60)
+  assert process.returncode == 143, output
+
+
 def test_xpk_restarts_and_logs_are_those_that_were_asked_for(desk):
   place = ('--name=w', '--cluster=c', '--zone=z', '--project=p')
   launcher(desk, 'xpk.sh', 'run', *place, '--tpu=v5litepod-16', '--restarts=0', *BUCKET)
