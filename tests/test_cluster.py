@@ -97,11 +97,25 @@ def test_jax_counts_as_many_machines(workers, values, count, on_tpu, monkeypatch
     assert asked == []
 
 
-def test_a_metadata_server_without_these_attributes_means_one_machine(on_tpu):
+def unknown_names(code):
+  """A resolver that knows no name, for a reason of `socket`."""
+
+  def getaddrinfo(*unused, **more):
+    raise socket.gaierror(code, 'no such name')
+
+  return getaddrinfo
+
+
+def test_a_metadata_server_without_these_attributes_means_one_machine(on_tpu, monkeypatch):
   with metadata({}) as (server, asked):
     assert not cluster.is_launched({'GCE_METADATA_IP': server})
   assert [path.removeprefix(PATH) for path in asked] == ['worker-network-endpoints', 'tpu-env']
+  # Not asked of a real resolver, which may be out of order itself.
+  monkeypatch.setattr(socket, 'getaddrinfo', unknown_names(socket.EAI_NONAME))
   assert not cluster.is_launched({'GCE_METADATA_IP': 'no-such-host.invalid'})
+  monkeypatch.setattr(socket, 'getaddrinfo', unknown_names(socket.EAI_AGAIN))
+  with pytest.raises(UserError, match=r'\(.*no such name, 6 times\)'):
+    cluster.is_launched({'GCE_METADATA_IP': 'no-such-host.invalid'})
 
 
 def test_a_metadata_server_that_hiccups_is_asked_again(on_tpu, monkeypatch):
