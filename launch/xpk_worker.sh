@@ -26,10 +26,13 @@ fi
 
 # A pod that is taken away must not look as if its run were finished: XPK starts a workload again
 # after a status from 127 to 255, and the training command says 0 when it has saved.
-stopped=''
-trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+stopped='' child=''
+stop_child() { [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
+trap 'stopped=yes; stop_child' TERM
 python -m eru_jax.train "$@" &
 child=$!
+# The signal may have come when there was nobody yet to hand it to.
+[ -z "$stopped" ] || stop_child
 status=0
 wait "$child" || status=$?
 [ -n "$stopped" ] || exit "$status"

@@ -113,13 +113,13 @@ class Browser:
       assert time.monotonic() < deadline, expression
       time.sleep(0.05)
 
-  def expect(self, expression, value, within=30):
+  def expect(self, expression, value):
     """Waits until a JavaScript expression has a value, and fails if it does not come to it.
 
     What a page does on an event may come after the answer to what caused it, on a loaded machine
     much later.
     """
-    deadline = time.monotonic() + within
+    deadline = time.monotonic() + self._timeout
     # What is not there yet may be there soon.
     caught = f'(() => {{ try {{ return {expression}; }} catch (e) {{ return `${{e}}`; }} }})()'
     while (found := self.run(caught)) != value and time.monotonic() < deadline:

@@ -11,6 +11,7 @@ import threading
 import time
 
 import numpy as np
+import ports
 from PIL import Image
 
 from eru_jax.judges.chat import ChatClient
@@ -64,13 +65,19 @@ def breaks_off(handler):
 def trickles(handler):
   """A byte now and then, so that no single read takes long."""
   handler.send_response(200)
-  handler.send_header('Content-Length', '1000')
+  handler.send_header('Content-Length', '10000')
   handler.end_headers()
   with contextlib.suppress(OSError):
-    for _ in range(100):
+    for _ in range(9999):
       handler.wfile.write(b' ')
       handler.wfile.flush()
       time.sleep(0.05)
+
+
+def hangs(handler):
+  """Says nothing as long as the test lasts: no client may wait for that."""
+  handler.server.owner.over.wait(600)
+  handler.close_connection = True
 
 
 def after(seconds, then):
@@ -149,18 +156,18 @@ class JudgeServer:
     requests: what was asked, as dicts of path, headers and body.
     times: when.
     most: requests that were in work at a time.
+    over: set when the test is.
   """
 
   def __init__(self, *script, usual=None):
     self.script, self.usual = list(script), usual or says('hello')
     self.requests, self.times, self.busy, self.most = [], [], 0, 0
-    self.lock, self._port = threading.Lock(), 0
+    self.lock, self.over, self._port = threading.Lock(), threading.Event(), ports.reserve()
     self.start()
 
   def start(self):
     self._server = _Listener(('127.0.0.1', self._port), _Handler)
     self._server.daemon_threads, self._server.owner = True, self
-    self._port = self._server.server_port
     threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
   def stop(self):
@@ -173,7 +180,8 @@ class JudgeServer:
     return f'http://127.0.0.1:{self._port}/v1'
 
   def client(self, environment=None, **settings):
-    usual = dict(timeout=5.0, attempts=4, first_wait=0.01, longest_wait=0.02, concurrency=4)
+    # No answer is waited for so long, unless a test is about that.
+    usual = dict(timeout=60.0, attempts=4, first_wait=0.01, longest_wait=0.02, concurrency=4)
     config = ChatConfig(self.url, 'tiny-judge', **usual | settings)
     return ChatClient(config, environment or {})
 
@@ -181,4 +189,5 @@ class JudgeServer:
     return self
 
   def __exit__(self, *unused):
+    self.over.set()
     self.stop()

@@ -93,7 +93,7 @@ if how == 'wait':
     sys.exit(0)
   signal.signal(signal.SIGTERM, save)
   print('training', flush=True)
-  deadline = time.time() + 60
+  deadline = time.time() + 600
   while time.time() < deadline:
     time.sleep(0.05)
 """
@@ -131,7 +131,7 @@ class Desk:
       stdin=subprocess.DEVNULL,
       capture_output=True,
       text=True,
-      timeout=60,
+      timeout=300,
     )
     assert not check or result.returncode == 0, result.stderr
     return result

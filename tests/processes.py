@@ -4,13 +4,13 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
+import ports
 
 from eru_jax.training.metrics import read_metrics
 
@@ -29,12 +29,6 @@ def small(tiny_config, stages=('dk_dm',), steps=4):
   config['no_rl'] |= every | dict(prompts_per_step=4, images_per_prompt=2, updates_per_step=1)
   config['no_rl'] |= dict(rollout_steps=1)
   return config
-
-
-def free_port():
-  with socket.socket() as listener:
-    listener.bind(('127.0.0.1', 0))
-    return listener.getsockname()[1]
 
 
 class Processes:
@@ -58,7 +52,10 @@ class Processes:
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
       'PYTHONPATH': os.pathsep.join([str(ROOT), *(p for p in sys.path if p)]),
     } | environment
-    together = {'ERU_JAX_COORDINATOR': f'127.0.0.1:{free_port()}', 'ERU_JAX_NUM_PROCESSES': count}
+    together = {
+      'ERU_JAX_COORDINATOR': f'127.0.0.1:{ports.reserve()}',
+      'ERU_JAX_NUM_PROCESSES': count,
+    }
     self.logs = [workdir.parent / f'{workdir.name}.{index}.log' for index in range(count)]
     self.processes = []
     for index, log in enumerate(self.logs):

@@ -238,7 +238,7 @@ def test_flags_are_parsed_before_the_slow_imports(module, tmp_path):
     cwd=tmp_path,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=300,
   )
   assert result.returncode == 2, result.stderr
   assert 'loaded: []' in result.stdout
@@ -253,7 +253,7 @@ def test_mistakes_in_a_config_file_are_found_before_jax_is_loaded(tmp_path):
     cwd=tmp_path,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=300,
   )
   assert result.returncode == 2
   imported = {line.rpartition('|')[2].strip() for line in result.stderr.splitlines()}
@@ -282,7 +282,7 @@ def test_what_the_system_refuses_is_one_line_if_it_names_a_file(code, name, word
     cwd=tmp_path,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=300,
   )
   if words:
     assert result.returncode == 2

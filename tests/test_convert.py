@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import ml_dtypes
@@ -417,13 +416,20 @@ def test_an_interrupted_conversion_leaves_nothing(snapshot, to, tmp_path, monkey
 # The command.
 
 
-def run(*args, **options):
+def start(*args):
   root = pathlib.Path(__file__).resolve().parents[1]
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(root)}
-  command = [sys.executable, '-m', 'eru_jax.convert', *map(str, args)]
   return subprocess.Popen(
-    command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    [sys.executable, *map(str, args)],
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
+
+
+def run(*args):
+  return start('-m', 'eru_jax.convert', *args)
 
 
 def test_the_command(snapshot, tmp_path):
@@ -438,18 +444,24 @@ def test_the_command(snapshot, tmp_path):
   assert process.returncode == 2 and err.splitlines()[-1].startswith('error: ')
   assert 'is there already' in err and 'Traceback' not in err
   process = run('--family=flux')
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=300)
   assert process.returncode == 2 and '--source' in err and '--output' in err
 
 
+KILLED = """
+import os, signal, sys
+from eru_jax.weights import conversion
+conversion._carry_over = lambda *unused: os.kill(os.getpid(), signal.SIGKILL)
+conversion.convert(conversion.ConversionRequest('flux', *sys.argv[1:]))
+"""
+
+
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(snapshot, tmp_path):
-  process = run('--family=flux', f'--source={snapshot}', f'--output={tmp_path / "out"}')
-  deadline = time.monotonic() + 300
-  while process.poll() is None and not list(tmp_path.glob('out.*.partial')):
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  process.communicate(timeout=60)
-  assert not (tmp_path / 'out').exists()
+  """When all arrays are written, and what is carried over is not."""
+  process = start('-c', KILLED, snapshot, tmp_path / 'out')
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == -signal.SIGKILL, err
+  (left,) = tmp_path.iterdir()
+  assert left.name == f'out.{process.pid}.partial' and any(left.iterdir())
   convert(request(snapshot, tmp_path / 'out'))
   assert jax.tree.leaves(model_directory.load(tmp_path / 'out').backbone)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import types
 
 import pytest
 
@@ -36,12 +37,19 @@ def test_a_large_file_is_read_once_until_it_changes(read, tmp_path):
   assert read == ['a', 'a', 'a', 'b']
 
 
-def test_what_was_written_just_now_may_change_unseen(read, tmp_path):
+def test_what_was_written_just_now_may_change_unseen(read, tmp_path, monkeypatch):
   path = tmp_path / 'a'
   path.write_bytes(b'one')
+  written = path.stat().st_mtime_ns
+  now = types.SimpleNamespace(time_ns=lambda: written + 10**9)
+  monkeypatch.setattr(digests, 'time', now)
   for _ in range(2):
     digests.file_digest(path)
   assert read == ['a', 'a']
+  now.time_ns = lambda: written + 3 * 10**9
+  for _ in range(2):
+    digests.file_digest(path)
+  assert read == ['a', 'a', 'a']
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"sha256": 1}', '{"sha256": "x"}'])

@@ -12,12 +12,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zlib
 
 import pytest
 from benchmark_files import science_row, write_lines, write_wise
-from judge_server import JudgeServer, after, answers, fails, picture_of, says, text_of
+from judge_server import JudgeServer, after, answers, fails, hangs, picture_of, says, text_of
 from test_evaluator import Studio
 
 from eru_jax.errors import UserError
@@ -370,7 +369,7 @@ def test_the_command_killed_while_judging_and_given_again(tmp_path):
       judged_ones.append(text_of(request))
       if len(judged_ones) > 6:
         enough.set()
-        time.sleep(0.5)
+        return hangs(handler)  # nothing more comes back, however late the kill is
     answers(lambda _: dict.fromkeys(MARKS, 1))(handler)
 
   with JudgeServer(usual=slowly) as server:

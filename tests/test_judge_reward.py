@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from judge_server import JudgeServer, answers, fails, picture_of, says, text_of
+from judge_server import JudgeServer, answers, fails, hangs, picture_of, says, text_of
 
 from eru_jax import flow, sharding
 from eru_jax.data.emoji_knowledge import PairTable
@@ -168,7 +168,7 @@ def test_a_run_goes_on_without_a_few_pictures_but_not_without_many(tmp_path, mon
     assert '19 of the last 64 pictures unscored' in str(caught.value)
     assert 'max_unscored = 0.25' in str(caught.value) and 'HTTP 500' in str(caught.value)
     # Nobody is asked about hundreds of pictures when nobody answers.
-    lost.add(3)
+    server.script, server.usual = [fails(500)] * 16, hangs
     reward, before = JudgeReward(_config(server, concurrency=1), pairs), len(server.requests)
     with pytest.raises(UserError, match='16 questions in a row'):
       ask(200)

@@ -56,7 +56,7 @@ def test_the_latency_has_repeated_requests_and_waits(bad, tmp_path):
       (one,), _ = rewrite_prompts(client, PROMPTS[:1], journal)
     with open_journal(tmp_path / 'j') as journal:
       (again,), _ = rewrite_prompts(client, PROMPTS[:1], journal)
-  assert 0.3 <= one.seconds < 5 and again.seconds == pytest.approx(one.seconds, abs=1e-3)
+  assert 0.3 <= one.seconds < 60 and again.seconds == pytest.approx(one.seconds, abs=1e-3)
 
 
 def test_instructions_of_ones_own(tmp_path):

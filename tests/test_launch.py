@@ -46,7 +46,7 @@ def install(clone, check=True):
     cwd=clone,
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=300,
   )
   assert not check or result.returncode == 0, result.stderr
   return asked.read_text().splitlines() if asked.exists() else [], result

@@ -4,6 +4,7 @@ The cloud's tools are stand-ins (tests/launching.py) that run what they are give
 through every shell on their way, and the scripts on the other side are those that would run there.
 """
 
+import fcntl
 import json
 import pathlib
 import shlex
@@ -104,7 +105,7 @@ def test_what_a_dry_run_prints_is_what_a_run_does(desk, name):
 
   def called():
     if name == 'tpu':
-      wait_for_workers(desk)
+      wait_for_the_end(desk)
     tools = [path.name for path in desk.notes.iterdir() if path.is_file()]
     return {tool: desk.calls(tool) for tool in sorted(tools) if tool not in checks}
 
@@ -125,14 +126,21 @@ def test_what_a_dry_run_prints_is_what_a_run_does(desk, name):
   assert pasted == done
 
 
-def wait_for_workers(desk, text='ended with status', times=1):
+def wait_for_workers(desk, text, times=1):
   """Until the logs of a TPU's workers say something for the n-th time."""
   for worker in (0, 1):
     log = desk.notes / f'worker{worker}' / 'eru_jax' / 'run' / 'log'
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not log.exists() or log.read_text().count(text) < times:
       assert time.monotonic() < deadline, log.exists() and log.read_text()
       time.sleep(0.05)
+
+
+def wait_for_the_end(desk):
+  """Until what was started on a TPU's workers has gone, which may be after its last words."""
+  for worker in (0, 1):
+    with open(desk.notes / f'worker{worker}' / 'eru_jax' / 'run' / 'lock') as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 MISTAKES = [
@@ -308,7 +316,7 @@ def test_tpu_slices_are_reached_through_their_queued_resource(desk):
   tpu = ('--name=eru', '--slices=2', '--zone=z')
   launcher(desk, 'tpu_vm.sh', 'create', *tpu, '--accelerator=v5litepod-16')
   launcher(desk, 'tpu_vm.sh', 'run', *tpu, *BUCKET)
-  wait_for_workers(desk)
+  wait_for_the_end(desk)
   create, send, install, start = desk.arguments('gcloud')
   assert create[:5] == ['compute', 'tpus', 'queued-resources', 'create', 'eru']
   assert {'--node-count=2', '--node-prefix=eru', '--zone=z'} < set(create)
@@ -324,7 +332,7 @@ def test_tpu_slices_are_reached_through_their_queued_resource(desk):
 def test_a_failed_run_on_a_tpu_says_so(desk):
   launcher(desk, 'tpu_vm.sh', 'status', '--name=eru', '--zone=z')  # nothing was ever sent
   launcher(desk, 'tpu_vm.sh', 'run', '--name=eru', '--zone=z', *BUCKET, TRAIN='fail')
-  wait_for_workers(desk)
+  wait_for_the_end(desk)
   status = launcher(desk, 'tpu_vm.sh', 'status', '--name=eru', CLOUDSDK_COMPUTE_ZONE='z').stdout
   assert status.count(': ended with status 3; --- ') == 2
 
@@ -380,6 +388,17 @@ def test_xpk_pods_that_are_taken_away_save_and_ask_to_be_started_again(desk):
   process.send_signal(signal.SIGTERM)
   assert 'saved' in process.stdout.read()
   assert process.wait(60) == 143
+
+
+@pytest.mark.parametrize('before', ['python -m eru_jax', 'child=', 'wait'])
+def test_xpk_pods_may_be_taken_away_as_training_begins(desk, tmp_path, before):
+  """The signal comes before the first command of the worker that begins so."""
+  launcher(desk, 'xpk.sh', 'run', '--name=w', '--cluster=c', '--tpu=v5litepod-16', *BUCKET)
+  signals = f'*xpk_worker.sh:"{before}"*) trap - DEBUG; kill -TERM $$ ;;'
+  (tmp_path / 'early.sh').write_text(f"trap 'case $0:$BASH_COMMAND in {signals} esac' DEBUG\n")
+  process = pod(desk, TRAIN='wait', BASH_ENV=str(tmp_path / 'early.sh'))
+  output, _ = process.communicate(timeout=60)
+  assert process.returncode == 143, output
 
 
 def test_xpk_restarts_and_logs_are_those_that_were_asked_for(desk):

@@ -98,7 +98,9 @@ def test_what_goes_wrong_in_one_ends_all(event, status, message, tmp_path):
 
 
 def test_a_stuck_process_is_named_and_given_up(tmp_path):
-  started = processes.toy(tmp_path / 'run', 2, 2, event='stuck', victim=1, step=4)
+  # Until it is stuck all must be fast, so that nothing is saved meanwhile.
+  wanted = dict(save_every=100, watch={'report_after': 3, 'end_after': 9})
+  started = processes.toy(tmp_path / 'run', 2, 2, event='stuck', victim=1, step=4, **wanted)
   assert started.wait(300) == [1, 1], started
   for index in range(2):
     found = started.output(index)
@@ -124,10 +126,15 @@ def test_a_process_that_is_late_at_the_start_is_named(step, behind, tmp_path):
     step=step,
     barrier=True,
     watch={'start_after': 3},
+    until=[str(tmp_path / 'run.0.log'), f'process 1 is still at {behind}'],
   )
   assert started.wait() == [0, 0], started
   late = rf'warning: process 0: no progress for \d+ s: process 1 is still at {behind}'
   assert re.search(late, started.output(0)), started
+
+
+# Those who say nothing for five seconds are gone.
+SOON = {'watch': {'report_after': 8}}
 
 
 def assert_named_as_gone(victim, output):
@@ -141,7 +148,7 @@ def assert_named_as_gone(victim, output):
 
 
 def test_the_one_that_is_gone_is_named(tmp_path):
-  started = processes.toy(tmp_path / 'run', 2, 2, event='sigkill', victim=1, step=4)
+  started = processes.toy(tmp_path / 'run', 2, 2, event='sigkill', victim=1, step=4, **SOON)
   statuses = started.wait(200)
   assert statuses == [1, -signal.SIGKILL], started
   assert_named_as_gone(1, started.output(0))
@@ -149,7 +156,7 @@ def test_the_one_that_is_gone_is_named(tmp_path):
 
 def test_without_process_0_nobody_goes_on(tmp_path):
   """JAX's own client aborts the others, unless the watch is faster."""
-  started = processes.toy(tmp_path / 'run', 2, 2, event='sigkill', victim=0, step=4)
+  started = processes.toy(tmp_path / 'run', 2, 2, event='sigkill', victim=0, step=4, **SOON)
   statuses = started.wait(200)
   assert statuses[0] == -signal.SIGKILL and statuses[1] in (1, -signal.SIGABRT), started
 

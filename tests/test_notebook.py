@@ -66,7 +66,7 @@ def test_installing_can_be_run_again(pip, pips, tmp_path):
     cwd=tmp_path,
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=300,
   )
   assert result.stdout.count(f'ROOT is {tmp_path / "clone"}\n') == 3, result
   asked = (tmp_path / 'asked').read_text().splitlines()

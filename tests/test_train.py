@@ -212,7 +212,7 @@ def launch(arguments):
 
 def to_the_end(arguments):
   process = launch(arguments)
-  output, _ = process.communicate(timeout=300)
+  output, _ = process.communicate(timeout=1200)
   assert process.returncode == 0, output
   return output
 
@@ -220,13 +220,13 @@ def to_the_end(arguments):
 def interrupt(arguments, stage_directory, number, delay):
   """Sends a signal `delay` seconds after the first checkpoint of a stage is there."""
   process = launch(arguments)
-  deadline = time.monotonic() + 300
+  deadline = time.monotonic() + 1200
   while not any(p.name.isdigit() for p in stage_directory.glob('*')):
     assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
     time.sleep(0.005)
   time.sleep(delay)
   process.send_signal(number)
-  output, _ = process.communicate(timeout=120)
+  output, _ = process.communicate(timeout=600)
   return process.returncode, output
 
 
@@ -274,7 +274,7 @@ def test_a_run_killed_between_two_checkpoints_ends_as_an_unbroken_one(
   workdir = tmp_path / 'killed'
   script = KILLED.format(config=tiny_config, workdir=str(workdir))
   process = launch([sys.executable, '-c', script])
-  output, _ = process.communicate(timeout=300)
+  output, _ = process.communicate(timeout=1200)
   assert process.returncode == -signal.SIGKILL, output
   assert [p.name for p in (workdir / 'checkpoints' / 'dk_dm').glob('[0-9]*')] == ['2']
   assert not (workdir / 'summary.json').exists()

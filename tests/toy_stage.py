@@ -28,7 +28,8 @@ from eru_jax.training.stage_config import StageConfig
 from eru_jax.training.step import StageProgram
 from eru_jax.training.watch import WatchConfig, watching
 
-WATCH = {'report_after': 2, 'end_after': 4}
+# No run is given up for being slow, unless a test is about that.
+WATCH = {'report_after': 120, 'end_after': 600}
 
 
 class Toy:
@@ -91,7 +92,9 @@ def main(workdir, wanted):
   me = jax.process_index()
   toy = Toy(
     sharding.MeshConfig(**wanted['mesh']),
-    StageConfig(num_steps=wanted.get('steps', 8), save_every=2, log_every=1),
+    StageConfig(
+      num_steps=wanted.get('steps', 8), save_every=wanted.get('save_every', 2), log_every=1
+    ),
     pathlib.Path(workdir),
   )
 
@@ -116,7 +119,10 @@ def main(workdir, wanted):
       case 'stuck':
         time.sleep(600)
       case 'late':
-        time.sleep(7)
+        deadline = time.monotonic() + 300
+        log, words = wanted['until']
+        while words not in pathlib.Path(log).read_text() and time.monotonic() < deadline:
+          time.sleep(0.05)
 
   with watching(WatchConfig(**WATCH | wanted.get('watch', {}))) as watch:
     if wanted.get('barrier'):

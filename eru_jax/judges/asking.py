@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -95,9 +96,17 @@ def ask(
       kept(answer)
     return answer, failure
 
+  # As they come back, which `patience` counts on: `as_completed` begins with those that are done
+  # already, in any order.
+  finished: queue.SimpleQueue[concurrent.futures.Future] = queue.SimpleQueue()
+  places = {}
   try:
-    places = {pool.submit(answered, question): place for place, question in enumerate(questions)}
-    for done, future in enumerate(concurrent.futures.as_completed(places), start=1):
+    for place, question in enumerate(questions):
+      future = pool.submit(answered, question)
+      places[future] = place
+      future.add_done_callback(finished.put)
+    for done in range(1, len(questions) + 1):
+      future = finished.get()
       answer, failure = future.result()
       answers[places[future]] = answer
       if failure is None:
