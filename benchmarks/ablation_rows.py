@@ -132,6 +132,7 @@ def _biased(name: str, variant: str, **values: Any) -> Row:
 
 # Policy gradients follow the policy at once, as their authors have it.
 _AT_ONCE = {'behaviour_cap': 0.0}
+_FLOW_GRPO = {'positive_weight': 1.0, 'dynamics': 'sde', 'noise_level': 0.7, **_AT_ONCE}
 
 _BASE = Row('base', 'base', {})
 # Knows half of its prompts, so that NO-RL has mistakes to learn from.
@@ -164,15 +165,7 @@ _NO_RL = (
   _no_rl('rejection sampling', 'rejection_sampling'),
   # As their authors have them: what is better than a prompt's other pictures is right.
   _no_rl('DiffusionNFT', 'nft', reward_scale='group', nft_weights='branch'),
-  _no_rl(
-    'Flow-GRPO',
-    'policy_gradient',
-    reward_scale='group',
-    positive_weight=1.0,
-    dynamics='sde',
-    noise_level=0.7,
-    **_AT_ONCE,
-  ),
+  _no_rl('Flow-GRPO', 'policy_gradient', reward_scale='group', **_FLOW_GRPO),
   _no_rl('AWM', 'advantage_weighted', reward_scale='group', positive_weight=1.0, **_AT_ONCE),
   _no_rl('negatives subset', 'negatives_subset'),
   _no_rl('N0', 'repulsion'),
@@ -229,11 +222,14 @@ ROWS = (
   _biased(
     'N1, group-normalised, no KL', 'negative_only', reward_scale='group', reference_weight=0.0
   ),
-  _biased('N1, group-normalised, unguided', 'negative_only', reward_scale='group', cfg_scale=1.0),
   _biased('N2, group-normalised', 'anchored_negatives', reward_scale='group'),
   _biased('positive-only NFT, group-normalised', 'positive_only', reward_scale='group'),
   _biased('full NFT', 'nft'),
   _biased('DiffusionNFT', 'nft', reward_scale='group', nft_weights='branch'),
+  _biased(
+    'DiffusionNFT, unguided', 'nft', reward_scale='group', nft_weights='branch', cfg_scale=1.0
+  ),
+  _biased('Flow-GRPO', 'policy_gradient', reward_scale='group', **_FLOW_GRPO),
   Row('1 wording', 'wordings', {'data.wordings_per_fact': 1}),
   Row('2 wordings', 'wordings', {'data.wordings_per_fact': 2}),
   Row('4 wordings', 'wordings', {'data.wordings_per_fact': 4}),
