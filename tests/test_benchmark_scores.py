@@ -234,6 +234,19 @@ def test_paired_differences():
   assert noisy['n'] == 200 and noisy['against'] == {'model': 'base', 'condition': 'implicit'}
 
 
+def test_intervals_of_differences_end_where_differences_do():
+  base, other = np.ones((6, 1)), np.zeros((6, 1))
+  other[0] = 1
+  values = {'base': {'implicit': base}, 'other': {'implicit': other}}
+  wide, clipped = (
+    comparisons(single('x', span=span), questions(['a'] * 6), values)[0]['ci95']
+    for span in ((None, 1), (0, 1))
+  )
+  # 5 of 6 lost, by Student's t of 5 degrees of freedom.
+  np.testing.assert_allclose(wide, -5 / 6 + 2.570582 / 6 * np.array([-1, 1]), rtol=1e-5)
+  assert clipped == [-1, wide[1]]
+
+
 def difference(names, base, other, weights=None):
   protocol = Protocol(('x',), lambda s: s['x'], weights)
   values = {'base': {'implicit': np.array(base)}, 'other': {'implicit': np.array(other)}}

@@ -72,7 +72,7 @@ def _mean(
   if not np.isfinite(score):
     return told
   find = proportion_interval if protocol.proportion else statistics.interval
-  told['ci95'] = _within(protocol, find(design, sample))
+  told['ci95'] = _within(protocol.span, find(design, sample))
   return told
 
 
@@ -81,13 +81,20 @@ def _design(questions: Sequence[Question], weights: Mapping[str, float] | None) 
   return Design.of(categories, weights, [question.cluster for question in questions])
 
 
-def _within(protocol: Protocol, interval: list[float] | None) -> list[float] | None:
-  """The part of an interval that scores can be in."""
-  least, most = protocol.span
+def _within(
+  span: tuple[float | None, float | None], interval: list[float] | None
+) -> list[float] | None:
+  """The part of an interval that values of such a span can be in."""
+  least, most = span
   if interval is None:
     return None
   low, high = interval
   return [low if least is None else max(low, least), high if most is None else min(high, most)]
+
+
+def _span_of_differences(protocol: Protocol) -> tuple[float | None, float | None]:
+  least, most = protocol.span
+  return (None, None) if least is None or most is None else (least - most, most - least)
 
 
 def comparisons(
@@ -129,6 +136,7 @@ def comparisons(
     first, second = Sample.of(values[other][under]), Sample.of(values[model][condition])
     found = statistics.compare(design, first, second, seed)
     if found is not None:
+      found['ci95'] = _within(_span_of_differences(protocol), found['ci95'])
       against = {'model': other, 'condition': under}
       told.append({'model': model, 'condition': condition, 'against': against, **found})
   return told
