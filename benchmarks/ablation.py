@@ -147,7 +147,7 @@ class Runner:
     mesh = sharding.make_mesh(config.mesh)
     experiment, snapshot = open_experiment(config, mesh)
     judge = TemplateJudge(experiment.world.pictures.images)
-    key = repr((config.model, config.data, config.sampling, config.evaluation))
+    key = repr((config.model, config.data, config.sampling, config.evaluation, row.copies))
     with sharding.use_mesh(mesh):
       if key not in self._base:
         self._base[key] = measure(experiment, snapshot, judge, None, row.copies)

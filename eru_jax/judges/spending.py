@@ -7,6 +7,7 @@ stayed unanswered, is counted again: it was paid again. What a journal answers c
 import collections
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import threading
@@ -14,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from eru_jax.errors import UserError
-from eru_jax.files import replace_file
 from eru_jax.judges.summary import Answer, Spent, Summary, summarise, total
 
 # Different reasons that are kept; a server may word each of its refusals anew.
@@ -71,6 +71,8 @@ class Spending:
     counts = {name: int(values.get(name, 0)) for name in (*_COUNTS, 'unmetered')}
     counts['seconds'] = float(values.get('seconds', 0))
     reasons = {str(reason): int(n) for reason, n in dict(values.get('reasons', {})).items()}
+    if min(counts.values()) < 0 or not math.isfinite(counts['seconds']):
+      raise ValueError(f'no counts: {counts}')
     unmetered = counts.pop('unmetered')
     return cls(dataclasses.replace(cls().summary, reasons=reasons, **counts), unmetered)
 
@@ -97,7 +99,10 @@ def read_spending(path: str | os.PathLike) -> Spending:
 
 
 class Ledger:
-  """A file of what was spent: a line for all that was, and one for each answer since."""
+  """A file of what was spent, to which a line is added for each answer and each time of asking.
+
+  Nothing in it is ever replaced, so that a process that is thought dead loses no line either.
+  """
 
   def __init__(self, path: str | os.PathLike):
     """Goes on with what is there.
@@ -106,7 +111,7 @@ class Ledger:
       UserError: if it cannot be read.
     """
     self.path, self._lock, self._file = pathlib.Path(path), threading.Lock(), None
-    self._spent = read_spending(self.path)
+    read_spending(self.path)
 
   def add(self, answer: Answer) -> None:
     """Counts an answer; it is on disk when this returns. Any thread may call it.
@@ -115,33 +120,27 @@ class Ledger:
       UserError: if it cannot be written.
     """
     summary = summarise([dataclasses.replace(answer, before=Spent())], 0.0)
-    one = Spending(summary, int(not answer.spent.metered))
-    line = _line(one)
+    self._append(Spending(summary, int(not answer.spent.metered)))
+
+  def settle(self, seconds: float) -> None:
+    """Adds the time that asking took.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    self._append(Spending(dataclasses.replace(Spending().summary, seconds=seconds)))
+
+  def _append(self, spent: Spending) -> None:
     with self._lock:
-      self._spent = self._spent.plus(one)
       try:
         if self._file is None:
           self.path.parent.mkdir(parents=True, exist_ok=True)
           # On a line of its own, whatever a kill has left.
           self._file = open(self.path, 'ab', buffering=0)
           self._file.write(b'\n')
-        self._file.write(line)
+        self._file.write(_line(spent))
       except OSError as error:
         raise UserError(f'{self.path} cannot be written: {error.strerror or error}.') from error
-
-  def settle(self, seconds: float) -> None:
-    """Adds the time that asking took, and makes one line of all.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
-    with self._lock:
-      took = Spending(dataclasses.replace(Spending().summary, seconds=seconds))
-      self._spent = self._spent.plus(took)
-      if self._file is not None:
-        self._file.close()
-        self._file = None
-      replace_file(self.path, _line(self._spent))
 
 
 def _line(spent: Spending) -> bytes:
