@@ -227,20 +227,22 @@ def test_weighted_shares_by_hand():
   protocol = single('x', weights={'a': 0.4, 'b': 0.6}, span=(0, 1), proportion=True)
   # One picture a cluster: all 20 of 'a' are right and 2 of 4 of 'b', so 21 of 22 and 3 of 6 with
   # the two that are added. The jackknife's variance of a mean is a picture's x n / (n - 1)^2.
+  # Shares of the score, 20 of 0.02 and 4 of 0.15, are those of 10.2 clusters, and t has one more.
   told = told_of([''] * 24, [1] * 22 + [0] * 2, protocol, ['a'] * 20 + ['b'] * 4)
   variance = 0.16 * 21 / 22**2 * 22 / 21**2 + 0.36 / 4 * 6 / 5**2
   right = 0.4 * 21 / 22 + 0.3
   size = right * (1 - right) / variance
-  np.testing.assert_allclose(told['ci95'], wilson_interval(0.7 * size, size), rtol=1e-9)
-  # No more than of independent pictures that are right equally often: 4.29 of those five.
+  np.testing.assert_allclose(told['ci95'], wilson_interval(0.7 * size, size, 2.196104), rtol=1e-5)
+  # All right: 4 of 5 and 3 of 4.
   told = told_of([''] * 5, [1] * 5, protocol, list('aaabb'))
-  np.testing.assert_allclose(told['ci95'], [30 / 7 / (30 / 7 + 3.8416), 1], rtol=1e-9)
+  size = 0.77 * 0.23 / (0.16 * 0.16 * 5 / 16 + 0.36 * 0.1875 * 4 / 9)
+  np.testing.assert_allclose(told['ci95'], [size / (size + 2.529346**2), 1], rtol=1e-5)
   # Clusters of 2 and 1 of 'a', two more of 5/3: 14 of 19 are right.
   told = told_of(['x', 'x', '', '', ''], [1] * 5, protocol, list('aaabb'))
   of_a = np.array([6 / 13 * 5, 3 / 16 * 5, 5 / 14 * 5, 5 / 14 * 14]) / 19
   variance = 0.16 * np.sum(of_a**2) + 0.36 * (3 / 144 + 1 / 16)
   right = 0.4 * 14 / 19 + 0.6 * 3 / 4
-  size = min(right * (1 - right) / variance, 30 / 7)
+  size = right * (1 - right) / variance
   # Shares of the score of 4/15, 2/15, 3/10 and 3/10 are those of 3.719 clusters.
   np.testing.assert_allclose(told['ci95'], [size / (size + 2.617310**2), 1], rtol=1e-5)
   assert proportion_interval(Design.of(['a'], {'a': 1}), Sample.of(column(math.nan))) is None
@@ -319,6 +321,18 @@ def test_coverage_of_weighted_shares_near_none_and_all(counts, right):
     low, high = proportion_interval(design, Sample.of(rng.random((sum(counts), 1)) < right))
     held += low <= right <= high
   assert 0.92 <= held / count <= 0.995
+
+
+def test_coverage_of_weighted_shares_that_differ_by_category():
+  weights = benchmark('wise_verified').protocol('wise_verified').weights
+  rng, held, count = np.random.default_rng(13), 0, 400
+  design = Design.of(np.repeat(list(weights), 20).tolist(), weights)
+  right = np.array([0.9, 0.2, 0.5, 0.5, 0.3, 0.8])
+  for _ in range(count):
+    values = rng.random((120, 1)) < np.repeat(right, 20)[:, None]
+    low, high = proportion_interval(design, Sample.of(values))
+    held += low <= np.array(list(weights.values())) @ right <= high
+  assert 0.92 <= held / count <= 0.98
 
 
 def test_coverage_and_size_of_differences_of_correlated_wordings(monkeypatch):

@@ -22,10 +22,10 @@ def proportion_interval(design: Design, sample: Sample) -> list[float] | None:
   """The 95 % interval of a share of right pictures.
 
   Wilson's of the pictures, where every picture is a cluster of its own and there are no weights.
-  Else Wilson's of the effective number of pictures; and where clusters have several pictures, so
-  that it is a guess from these clusters, with Student's quantile in place of the normal one. The
-  degrees of freedom are the effective number of clusters (Kish's, by their shares of the score)
-  with the two that are added, less one for the mean.
+  Else Wilson's of the effective number of pictures, with Student's quantile in place of the normal
+  one, as that number is a guess from these clusters. The degrees of freedom are the effective
+  number of clusters (Kish's, by their shares of the score) with the two that are added, less one
+  for the mean.
 
   Args:
     design: of Q prompts.
@@ -39,7 +39,7 @@ def proportion_interval(design: Design, sample: Sample) -> list[float] | None:
     return None
   counts, sums = design.table(sample.counts), design.table(sample.sums)
   quantile = 1.96
-  if counts.sum(axis=1).max() > 1:
+  if len(design.weights) > 1 or counts.sum(axis=1).max() > 1:
     shares = counts @ (design.weights / counts.sum(axis=0))
     quantile = student_quantile(shares.sum() ** 2 / np.sum(shares**2) + 1)
   size = _effective_size(design.weights, counts, sums)
@@ -55,8 +55,8 @@ def proportion_interval(design: Design, sample: Sample) -> list[float] | None:
 def _effective_size(weights: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> float:
   """So many independent pictures say as much as these.
 
-  At least one, and at most what they would be if pictures of a cluster, and categories, were no
-  more alike than others: without weights their number.
+  At least one, and at most their number, except with weights: where categories differ in what is
+  right of them, that they have a part each is worth pictures.
 
   Args:
     weights: (S,) of categories.
@@ -71,5 +71,5 @@ def _effective_size(weights: np.ndarray, counts: np.ndarray, sums: np.ndarray) -
   parts = weights * (right - means * drawn) / (total - drawn)
   variance = np.sum(parts.sum(axis=1) ** 2)
   share = weights @ means
-  most = weights.sum() ** 2 / np.sum(weights**2 / counts.sum(axis=0))
+  most = counts.sum() if len(weights) == 1 else np.inf
   return float(np.clip(share * (1 - share) / variance, 1, most))
