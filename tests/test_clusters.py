@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eru_jax.benchmarks import emoji, science_t2i, statistics
-from eru_jax.benchmarks.base import Protocol, Question, single
+from eru_jax.benchmarks.base import Protocol, Question, benchmark, single
 from eru_jax.benchmarks.proportions import proportion_interval
 from eru_jax.benchmarks.statistics import Design, Sample
 from eru_jax.data.clusters import clusters_of
@@ -48,10 +48,11 @@ def difference(clusters, base, other):
 
 def test_interval_of_clusters_by_hand():
   told = told_of(['x', 'x', '', 'y', 'y'], (1, 3, 5, 3, 3))
-  # Mean 3; of the error clusters make (4 - 6)/5, (5 - 3)/5 and 0; t of two degrees of freedom.
-  half = 4.302653 * math.sqrt(3 / 2 * (0.16 + 0.16))
+  # Mean 3; without a cluster 11/3, 10/4 and 3: the jackknife's variance is 2/3 of their squared
+  # distances. Clusters of 2, 1 and 2 are 25/9 alike, one more than t has degrees of freedom.
+  half = 4.861473 * math.sqrt(2 / 3 * (4 / 9 + 1 / 4))
   assert told['score'] == 3
-  np.testing.assert_allclose(told['ci95'], [3 - half, 3 + half], atol=1e-6)
+  np.testing.assert_allclose(told['ci95'], [3 - half, 3 + half], atol=1e-5)
   assert (told['n'], told['prompts'], told['clusters']) == (5, 5, 3)
   # An unscored prompt is none of its cluster, and a cluster of such is none.
   told = told_of(['x', 'x', '', 'y', 'z'], (1, math.nan, 5, 3, math.nan))
@@ -162,41 +163,88 @@ def share(sums, counts):
 
 
 def test_shares_that_are_all_right_or_all_wrong_have_an_interval():
-  # Wilson's of ten: 10 / (10 + 1.96^2), as if the pictures of a cluster were one.
-  np.testing.assert_allclose(share([2] * 10, [2] * 10), [10 / 13.8416, 1], rtol=1e-6)
-  np.testing.assert_allclose(share([0] * 10, [2] * 10), [0, 3.8416 / 13.8416], rtol=1e-6)
-  # Clusters of 1 and 3 pictures say as much as 16/10 alike.
-  np.testing.assert_allclose(share([1, 3], [1, 3]), [1.6 / (1.6 + 3.8416), 1], rtol=1e-6)
+  # Ten clusters and two more, one of them wrong: 1/12 x 11/12 of independent pictures, by
+  # 12 x (11/12)^2 as many. Student's quantile is of 11 degrees of freedom.
+  size = 11**2 / 12
+  np.testing.assert_allclose(share([2] * 10, [2] * 10), [size / (size + 2.200985**2), 1], rtol=1e-5)
+  low, high = share([0] * 10, [2] * 10)
+  assert low == 0 and high == pytest.approx(2.200985**2 / (size + 2.200985**2), rel=1e-5)
   # Several pictures of a prompt likewise.
   told = aggregate(ACCURACY, questions([''] * 10), np.ones((10, 2)))
-  np.testing.assert_allclose(told['ci95'], [10 / 13.8416, 1], rtol=1e-6)
-  # One more right picture never lowers a bound.
+  np.testing.assert_allclose(told['ci95'], [size / (size + 2.200985**2), 1], rtol=1e-5)
+  # Clusters of 1 and 3 pictures, and two of (1 + 9) / 4: 6.5 of 9 are right. They say as much as
+  # 16/10 alike, so t has 2.6 degrees of freedom.
+  wrong = 2.5 / 9
+  variance = np.sum(
+    (np.array([1, 3, 2.5]) * wrong / [8, 6, 6.5]) ** 2
+  ) + (2.5 * (1 - wrong) / 6.5) ** 2  # fmt: skip
+  size = wrong * (1 - wrong) / variance
+  np.testing.assert_allclose(share([1, 3], [1, 3]), [size / (size + 3.478182**2), 1], rtol=1e-5)
+
+
+def test_one_more_right_picture_never_lowers_a_bound():
   bounds = [share([2] * k + [1] * one + [0] * (20 - k - one), [2] * 20)
             for k in range(21) for one in (0, 1) if k + one <= 20]  # fmt: skip
   assert (np.diff(bounds, axis=0) > -1e-12).all()
+  rng, verified = np.random.default_rng(3), benchmark('wise_verified').protocol('wise_verified')
+  sizes = {'proportional': (48, 15, 15, 14, 14, 14), 'equal': (20,) * 6, 'few': (2,) * 6}
+  for counts in sizes.values():
+    names = np.repeat(list(verified.weights), counts).tolist()
+    design = Design.of(names, verified.weights)
+    for _ in range(3):
+      values, bounds = np.zeros((len(names), 1)), []
+      for row in rng.permutation(len(names)):
+        bounds.append(proportion_interval(design, Sample.of(values)))
+        values[row] = 1
+      bounds.append(proportion_interval(design, Sample.of(values)))
+      assert (np.diff(bounds, axis=0) > -1e-12).all()
+      assert bounds[0][0] == 0 and bounds[-1][1] == 1
+  # Clusters of any sizes tell most where all are right, or all wrong.
+  sizes = [8, 2, 4, 20, 1]
+  best, worst = share(sizes, sizes)[0], share([0] * 5, sizes)[1]
+  for row in range(5):
+    right = [size - (at == row) for at, size in enumerate(sizes)]
+    wrong = [size - one for size, one in zip(sizes, right, strict=True)]
+    assert share(right, sizes)[0] <= best + 1e-12
+    assert share(wrong, sizes)[1] >= worst - 1e-12
 
 
 def test_the_effective_number_of_pictures_by_hand():
-  # Clusters (1 of 2), (1 of 2), and the two added: variance 4/3 x 2/64 for 1/32 of independent
-  # pictures. So the four say as much as three, of which 1.5 are right.
-  half = math.sqrt(3.8416 / 3 * (0.25 + 3.8416 / 12)) / (1 + 3.8416 / 3)
-  np.testing.assert_allclose(share([1, 1], [2, 2]), [0.5 - half, 0.5 + half], rtol=1e-6)
-  # Pictures that are alike are one each, and those of opposites in each cluster no more than all.
-  assert share([2, 0, 2, 0], [2] * 4) == pytest.approx(wilson_interval(2, 4))
-  assert share([4] * 50, [8] * 50) == pytest.approx(wilson_interval(200, 400))
+  # Clusters (1 of 2), (1 of 2), and the two added: each of these is off by 1/8, and the jackknife
+  # has it 8/6 as large. So the four would say as much as 4.5, and say no more than all pictures.
+  expected = wilson_interval(2, 4, 3.182446)
+  np.testing.assert_allclose(share([1, 1], [2, 2]), expected, rtol=1e-5)
+  # Pictures that are alike: six clusters off by 1/12, the jackknife's 12/10 as large.
+  size, t = 0.25 / (6 / 100), 2.570582
+  expected = wilson_interval(size / 2, size, t)
+  np.testing.assert_allclose(share([2, 0, 2, 0], [2] * 4), expected, rtol=1e-5)
+  # Those of opposites in each cluster say no more than all.
+  expected = wilson_interval(200, 400, 2.007584)
+  np.testing.assert_allclose(share([4] * 50, [8] * 50), expected, rtol=1e-5)
 
 
-def test_weighted_shares_that_are_all_right_have_an_interval():
+def test_weighted_shares_by_hand():
   protocol = single('x', weights={'a': 0.4, 'b': 0.6}, span=(0, 1), proportion=True)
+  # One picture a cluster: all 20 of 'a' are right and 2 of 4 of 'b', so 21 of 22 and 3 of 6 with
+  # the two that are added. The jackknife's variance of a mean is a picture's x n / (n - 1)^2.
+  # Shares of the score, 20 of 0.02 and 4 of 0.15, are those of 10.2 clusters, and t has one more.
+  told = told_of([''] * 24, [1] * 22 + [0] * 2, protocol, ['a'] * 20 + ['b'] * 4)
+  variance = 0.16 * 21 / 22**2 * 22 / 21**2 + 0.36 / 4 * 6 / 5**2
+  right = 0.4 * 21 / 22 + 0.3
+  size = right * (1 - right) / variance
+  np.testing.assert_allclose(told['ci95'], wilson_interval(0.7 * size, size, 2.196104), rtol=1e-5)
+  # All right: 4 of 5 and 3 of 4.
+  told = told_of([''] * 5, [1] * 5, protocol, list('aaabb'))
+  size = 0.77 * 0.23 / (0.16 * 0.16 * 5 / 16 + 0.36 * 0.1875 * 4 / 9)
+  np.testing.assert_allclose(told['ci95'], [size / (size + 2.529346**2), 1], rtol=1e-5)
+  # Clusters of 2 and 1 of 'a', two more of 5/3: 14 of 19 are right.
   told = told_of(['x', 'x', '', '', ''], [1] * 5, protocol, list('aaabb'))
-  # Shares of the clusters: 4/15 and 2/15 of 'a', 3/10 and 3/10 of 'b'.
-  size = 1 / (16 / 225 + 4 / 225 + 2 * 9 / 100)
-  np.testing.assert_allclose(told['ci95'], [size / (size + 3.8416), 1], rtol=1e-6)
-  # With a spread that is known the interval is Student's, as of any weighted score.
-  values = [1, 0, 1, 1, 0]
-  plain = Protocol(protocol.keys, protocol.value, protocol.weights, span=(0, 1))
-  told, other = (told_of([''] * 5, values, one, list('aaabb')) for one in (protocol, plain))
-  assert told['ci95'] == other['ci95'] != [0, 0]
+  of_a = np.array([6 / 13 * 5, 3 / 16 * 5, 5 / 14 * 5, 5 / 14 * 14]) / 19
+  variance = 0.16 * np.sum(of_a**2) + 0.36 * (3 / 144 + 1 / 16)
+  right = 0.4 * 14 / 19 + 0.6 * 3 / 4
+  size = right * (1 - right) / variance
+  # Shares of the score of 4/15, 2/15, 3/10 and 3/10 are those of 3.719 clusters.
+  np.testing.assert_allclose(told['ci95'], [size / (size + 2.617310**2), 1], rtol=1e-5)
   assert proportion_interval(Design.of(['a'], {'a': 1}), Sample.of(column(math.nan))) is None
 
 
@@ -222,9 +270,69 @@ def test_coverage_of_correlated_wordings(right):
       design = Design.of([''] * len(NAMES), None, names)
       low, high = proportion_interval(design, Sample.of(values))
       held[unit] += low <= right <= high
-  assert 0.92 <= held['clusters'] / count <= 0.99
+  assert 0.93 <= held['clusters'] / count <= 0.995
   # Which prompts as units do not reach: the test can fail.
   assert held['prompts'] / count < 0.88
+
+
+UNEQUAL = {
+  'two of twenty, ten single': [20] * 2 + [1] * 10,
+  'five of eight, 25 single': [8] * 5 + [1] * 25,
+  'one to twelve': list(range(1, 13)),
+}
+
+
+@pytest.mark.parametrize('alike', [0.3, 1])
+@pytest.mark.parametrize('sizes', UNEQUAL.values(), ids=UNEQUAL)
+def test_coverage_of_clusters_of_different_sizes(sizes, alike):
+  """Shares, scores and differences of clusters whose pictures are of one draw with chance `alike`.
+
+  Intervals of independent pictures hold in 40 to 80 %.
+  """
+  rng, count = np.random.default_rng(11), 200
+  rows = np.repeat(np.arange(len(sizes)), sizes)
+  design = Design.of([''] * len(rows), None, [str(row) for row in rows])
+
+  def drawn(of):
+    values = np.where(rng.random(len(rows)) < alike, of(len(sizes))[rows], of(len(rows)))
+    return Sample.of(column(*values))
+
+  held = {'share 0.5': 0, 'share 0.9': 0, 'score': 0, 'difference': 0}
+  for _ in range(count):
+    for right in (0.5, 0.9):
+      low, high = proportion_interval(design, drawn(lambda n: rng.random(n) < right))  # noqa: B023
+      held[f'share {right}'] += low <= right <= high
+    low, high = statistics.interval(design, drawn(lambda n: rng.normal(size=n)))
+    held['score'] += low <= 0 <= high
+    first, second = (drawn(lambda n: rng.random(n) < 0.6).sums for _ in range(2))
+    low, high = statistics.interval(design, Sample(second - first, np.ones(len(rows))))
+    held['difference'] += low <= 0 <= high
+  # Of 200, a share of 0.95 is known to 0.015.
+  assert all(0.9 <= one / count for one in held.values()), held
+
+
+@pytest.mark.parametrize('right', [0.02, 0.05, 0.95, 0.98])
+@pytest.mark.parametrize('counts', [(48, 15, 15, 14, 14, 14), (20,) * 6], ids=['limit', 'equal'])
+def test_coverage_of_weighted_shares_near_none_and_all(counts, right):
+  weights = benchmark('wise_verified').protocol('wise_verified').weights
+  rng, held, count = np.random.default_rng(12), 0, 400
+  design = Design.of(np.repeat(list(weights), counts).tolist(), weights)
+  for _ in range(count):
+    low, high = proportion_interval(design, Sample.of(rng.random((sum(counts), 1)) < right))
+    held += low <= right <= high
+  assert 0.92 <= held / count <= 0.995
+
+
+def test_coverage_of_weighted_shares_that_differ_by_category():
+  weights = benchmark('wise_verified').protocol('wise_verified').weights
+  rng, held, count = np.random.default_rng(13), 0, 400
+  design = Design.of(np.repeat(list(weights), 20).tolist(), weights)
+  right = np.array([0.9, 0.2, 0.5, 0.5, 0.3, 0.8])
+  for _ in range(count):
+    values = rng.random((120, 1)) < np.repeat(right, 20)[:, None]
+    low, high = proportion_interval(design, Sample.of(values))
+    held += low <= np.array(list(weights.values())) @ right <= high
+  assert 0.92 <= held / count <= 0.98
 
 
 def test_coverage_and_size_of_differences_of_correlated_wordings(monkeypatch):
@@ -283,8 +391,13 @@ def test_pairs_of_a_fact_or_with_an_answer_are_about_one_thing():
   assert numbers == [0, 0, 0, 3, 4, 4, 3, 7, 7, 9, 9, 11]
   assert found[0] == 'red apple' and found[3] == 'butterfly'
   assert [question.cluster for question in emoji.from_pairs(pairs)] == found
+  # Numbered within a kind of knowledge, two wordings of each, they are nothing but their answers.
+  kinds = [pair(f'animals/{n}', f'animal {n // 2}') for n in range(40)]
+  assert clusters_of(kinds) == [f'animal {n // 2}' for n in range(40)]
+  assert len(set(clusters_of(kinds[:3]))) == 1  # two of three
+  assert len(set(clusters_of([kinds[0], kinds[2]]))) == 2
   # Chains, too, whatever the order.
-  chain = [pair('a/0', 'x'), pair('b/0', 'y'), pair('a/1', 'z'), pair('b/1', 'z'), pair('c/0', 'w')]
+  chain = [pair('1/0', 'x'), pair('2/0', 'y'), pair('1/1', 'z'), pair('2/1', 'z'), pair('3/0', 'w')]
   for pairs in (chain, chain[::-1]):
     assert len(set(clusters_of(pairs))) == 2
   assert clusters_of([]) == []
@@ -312,13 +425,15 @@ def test_clusters_are_told_where_they_are_fewer_than_prompts():
   assert 'p = 0.5, 4 prompts in 2 clusters"' in gallery_summary._difference(ACCURACY, told, True)
   told = told_of([''] * 4, (1, 0, 1, 1), ACCURACY)
   assert results._line(ACCURACY, told).endswith('4 pictures')
+  told = told_of(['x'] * 4, (1, 0, 1, 1), ACCURACY)
+  assert results._line(ACCURACY, told).endswith('4 pictures in 1 cluster')
 
 
 def test_a_run_counts_things_not_wordings():
   pairs = [pair(f'fact {n // 2}/unseen/{n % 2}', f'thing {n // 2}') for n in range(20)]
   found = accuracy(np.ones(20, bool), pairs)
   assert (found['accuracy'], found['n'], found['clusters']) == (1, 20, 10)
-  np.testing.assert_allclose(found['ci95'], [10 / 13.8416, 1], rtol=1e-6)
+  assert found['ci95'] == share([2] * 10, [2] * 10)
   distances = np.repeat(np.arange(10) / 10, 2).astype(np.float32)
   distance = mean_distance(distances, pairs)
   assert (distance['n'], distance['clusters']) == (20, 10)
@@ -326,6 +441,8 @@ def test_a_run_counts_things_not_wordings():
   half = 2.262157 * np.std(np.arange(10) / 10, ddof=1) / math.sqrt(10)
   np.testing.assert_allclose(distance['ci95'], [0.45 - half, 0.45 + half], rtol=1e-4)
   assert mean_distance(distances[:2], pairs[:2])['ci95'] is None
+  page = accuracy_table({'base': {'fact': {**found, 'clusters': 1}}})
+  assert page.count('in 1 cluster<') == 1
   page = accuracy_table({'base': {'wording': found, 'fact': {**found, 'clusters': 20}}})
   assert page.count('in 10 clusters') == 1 and page.count('n\u00a0=\u00a020') == 2
   rows = {'wording': distance, 'fact': {**distance, 'ci95': None}}

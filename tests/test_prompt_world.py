@@ -98,6 +98,13 @@ def test_a_run_learns_and_reports_without_a_judge(tiny_config, files, tmp_path):
   assert 'Share of right pictures' not in report and 'judged' not in report
   grids = {path.name for path in (tmp_path / 'run' / 'samples').iterdir()}
   assert grids == {'train.png', 'wording.png', 'explicit.png', 'unrelated.png'}
+  # One that was stopped, of a version with other intervals: they come of its pictures anew.
+  kept = tmp_path / 'run' / 'evaluations' / 'base.json'
+  kept.write_text(json.dumps({'train': {'anchor_distance': 0.5, 'n': 3, 'ci95': [0, 9]}}))
+  (tmp_path / 'run' / 'summary.json').unlink()
+  train(config, str(tmp_path / 'run'))
+  again = json.loads((tmp_path / 'run' / 'summary.json').read_text())['stages']
+  assert again == stages and 'clusters' in again['base']['train']
   # The same files, and nothing left to do; with another one it is another run.
   train(config, str(tmp_path / 'run'))
   with open(others, 'a') as file:

@@ -1,18 +1,31 @@
-"""Intervals of shares of right pictures, which say something of 0 and 100 %, too."""
+"""Intervals of shares of right pictures, which say something of 0 and 100 %, too.
+
+Wilson's interval (1927) of a share is that of independent pictures. Pictures of one cluster are
+not, so it is taken of the effective number of pictures: so many independent ones would vary as
+much, share (1 - share) / variance (Kish 1965; Korn and Graubard 1998 have it so for exact
+intervals). The variance is that of the weighted mean of ratios, its clusters drawn within
+categories.
+
+Where nearly all are right or nearly all wrong, a sample says little of its variance, and where all
+are, nothing. So it is estimated with two more clusters in each category, one all right, one all
+wrong (as Agresti and Coull 1998 have it for the share itself). They are as large as the cluster of
+a random picture, sum(m^2) / sum(m) of clusters with m pictures each.
+"""
 
 import numpy as np
 
-from eru_jax.benchmarks import statistics
-from eru_jax.benchmarks.statistics import Design, Sample
+from eru_jax.benchmarks.statistics import Design, Sample, student_quantile
 from eru_jax.training.metrics import wilson_interval
 
 
 def proportion_interval(design: Design, sample: Sample) -> list[float] | None:
   """The 95 % interval of a share of right pictures.
 
-  Wilson's, where every picture is a cluster of its own. Else Wilson's of the effective number of
-  pictures, which is their number over the design effect (Kish 1965). Under weights that of
-  `statistics.interval`; where that has none, Wilson's as if the pictures of a cluster were alike.
+  Wilson's of the pictures, where every picture is a cluster of its own and there are no weights.
+  Else Wilson's of the effective number of pictures, with Student's quantile in place of the normal
+  one, as that number is a guess from these clusters. The degrees of freedom are the effective
+  number of clusters (Kish's, by their shares of the score) with the two that are added, less one
+  for the mean.
 
   Args:
     design: of Q prompts.
@@ -24,37 +37,39 @@ def proportion_interval(design: Design, sample: Sample) -> list[float] | None:
   share = design.overall(sample)
   if not np.isfinite(share):
     return None
-  if len(design.weights) > 1 and (found := statistics.interval(design, sample)):
-    return found
-  if len(design.weights) > 1:
-    counts = design.by_cluster(sample.counts[:, None] * design.members)
-    size = _size_if_alike(counts @ (design.weights / counts.sum(axis=0)))
-    # Not off 0 or 1 by the rounding of weights.
-    share = round(share, 12)
-  else:
-    counts, sums = design.by_cluster(sample.counts), design.by_cluster(sample.sums)
-    size = _effective_size(sums[counts > 0], counts[counts > 0])
-  return list(wilson_interval(share * size, size))
+  counts, sums = design.table(sample.counts), design.table(sample.sums)
+  quantile = 1.96
+  if len(design.weights) > 1 or counts.sum(axis=1).max() > 1:
+    shares = counts @ (design.weights / counts.sum(axis=0))
+    quantile = student_quantile(shares.sum() ** 2 / np.sum(shares**2) + 1)
+  size = _effective_size(design.weights, counts, sums)
+  # Not off 0 or 1 by the rounding of weights.
+  share = round(share, 12) if len(design.weights) > 1 else share
+  low, high = wilson_interval(share * size, size, quantile)
+  # No wrong picture may say more of a share than if all were right, by a smaller variance.
+  size = _effective_size(design.weights, counts, counts)
+  least, most = wilson_interval(size, size, quantile)[0], wilson_interval(0, size, quantile)[1]
+  return [min(low, least), max(high, most)]
 
 
-def _effective_size(sums: np.ndarray, counts: np.ndarray) -> float:
-  """So many independent pictures say as much as those of clusters (C,), `sums` of them right.
+def _effective_size(weights: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> float:
+  """So many independent pictures say as much as these.
 
-  Where nearly all are right or nearly all wrong, a sample says little of its design effect, and
-  where all are, nothing. So it is estimated with two more clusters, one all right, one all wrong
-  (as Agresti and Coull 1998 have it for the share), and is at most that of pictures that are alike.
+  At least one, and at most their number, except with weights: where categories differ in what is
+  right of them, that they have a part each is worth pictures.
+
+  Args:
+    weights: (S,) of categories.
+    counts, sums: (C, S) pictures of clusters in categories, and how many of them are right.
   """
-  total = counts.sum()
-  if (counts == 1).all():
-    return float(total)
-  mean = total / len(counts)
-  right, drawn = np.append(sums, [0, mean]), np.append(counts, [mean, mean])
-  n, share = len(drawn), right.sum() / drawn.sum()
-  variance = n / (n - 1) * np.sum(((right - share * drawn) / drawn.sum()) ** 2)
-  effect = variance * drawn.sum() / (share * (1 - share))
-  return float(np.clip(total / effect, _size_if_alike(counts), total))
-
-
-def _size_if_alike(shares: np.ndarray) -> float:
-  """The effective number of clusters (C,) that have such shares of a mean (Kish 1965)."""
-  return float(shares.sum() ** 2 / np.sum(shares**2))
+  typical = np.diag((counts**2).sum(axis=0) / counts.sum(axis=0))
+  drawn = np.concatenate([counts, typical, typical])
+  right = np.concatenate([sums, typical, 0 * typical])
+  total = drawn.sum(axis=0)
+  means = right.sum(axis=0) / total
+  # The jackknife's: a cluster pulls the mean to itself, the more the larger it is.
+  parts = weights * (right - means * drawn) / (total - drawn)
+  variance = np.sum(parts.sum(axis=1) ** 2)
+  share = weights @ means
+  most = counts.sum() if len(weights) == 1 else np.inf
+  return float(np.clip(share * (1 - share) / variance, 1, most))

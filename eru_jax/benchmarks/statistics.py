@@ -5,9 +5,8 @@ and prompts about one thing, are right or wrong together, so what varies by chan
 all pictures of all prompts about one thing, which count once (Taylor linearisation of the ratio of
 sums). Where categories have weights of their own, the mean is the weighted sum of the categories',
 and a category's size is no accident: its variance is the weighted sum of those within categories (a
-stratified sample of clusters). The quantiles are Student's t with Satterthwaite's degrees of
-freedom, which a bootstrap's percentiles are not: of two clusters of a category they see almost no
-spread.
+stratified sample of clusters). Quantiles are Student's t with Satterthwaite's degrees of freedom; a
+bootstrap's percentiles see almost no spread of two clusters of a category.
 
 Two models answer the same prompts: their difference, and every ratio of several means, is taken
 over the prompts that have all its parts. Whether there is a difference is asked by randomisation
@@ -15,6 +14,7 @@ over the prompts that have all its parts. Whether there is a difference is asked
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -95,10 +95,10 @@ class Design:
     """(Q, S) 1 where a prompt is of a category."""
     return (self.strata[:, None] == np.arange(len(self.weights))).astype(np.float64)
 
-  def by_cluster(self, values: np.ndarray) -> np.ndarray:
-    """(Q, ...) of prompts -> (C, ...), summed."""
-    sums = np.zeros((self.clusters.max(initial=-1) + 1, *values.shape[1:]))
-    np.add.at(sums, self.clusters, values)
+  def table(self, values: np.ndarray) -> np.ndarray:
+    """(Q,) of prompts -> (C, S), summed by cluster and category."""
+    sums = np.zeros((self.clusters.max(initial=-1) + 1, len(self.weights)))
+    np.add.at(sums, (self.clusters, self.strata), values)
     return sums
 
   def scored_clusters(self, scored: np.ndarray) -> int:
@@ -110,12 +110,18 @@ class Design:
     return float(_weighted(self.weights, sample.sums @ self.members, sample.counts @ self.members))
 
   def parts(self, sample: Sample) -> np.ndarray:
-    """(C,) what each cluster adds to the score's error: linearised, 0 in sum over all."""
-    totals = sample.counts @ self.members
+    """(C,) what each cluster adds to the score's error, linearised.
+
+    A cluster pulls its category's mean to itself, so its error looks too small: the jackknife's is
+    1 / (1 - share) times as large (CR3 in Cameron and Miller 2015). What is left of this where all
+    n are of one size, n / (n - 1), is in the variances.
+    """
+    counts, sums = self.table(sample.counts), self.table(sample.sums)
+    totals, n = counts.sum(axis=0), (counts > 0).sum(axis=0)
     with np.errstate(invalid='ignore', divide='ignore'):
-      means = sample.sums @ self.members / totals
-      shares = self.weights / totals
-    return self.by_cluster(shares[self.strata] * (sample.sums - means[self.strata] * sample.counts))
+      errors = self.weights / totals * (sums - sums.sum(axis=0) / totals * counts)
+      pulled = np.where(counts < totals, (1 - 1 / n) / (1 - counts / totals), 1.0)
+    return (errors * pulled).sum(axis=1)
 
 
 def _weighted(weights: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -128,28 +134,35 @@ def _weighted(weights: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.n
 class _Spread:
   """Variances of scores from what clusters add to their errors.
 
-  Clusters are drawn within categories. Categories that share a cluster are drawn together: they
-  are one stratum, which loses a degree of freedom for each of their means.
+  Clusters are drawn within categories. Categories that share one are drawn together: they are one
+  stratum, which loses a degree of freedom for each of their means.
 
   Attributes:
     members: (C, G) 1 where a cluster with scored prompts is of a stratum.
     freedom: (G,) clusters of a stratum less its categories.
+    effective: (G,) the same of the effective number of clusters, at least 1.
   """
 
   members: np.ndarray
   freedom: np.ndarray
+  effective: np.ndarray
 
   @classmethod
-  def of(cls, design: Design, scored: np.ndarray) -> '_Spread':
-    """Of a design, and (Q,) bool which of its prompts the scores are of."""
-    touched = design.by_cluster(design.members * scored[:, None]) > 0
+  def of(cls, design: Design, counts: np.ndarray) -> '_Spread':
+    """Of a design, and (Q,) how many pictures of its prompts the scores are of."""
+    drawn = design.table(counts)
+    touched = drawn > 0
     linked = np.eye(touched.shape[1], dtype=bool)
     for _ in design.weights:
       linked |= (touched.T.astype(int) @ touched @ linked) > 0
-    # Of each category, the first one that it is linked to.
+    # Of each category, the first that it is linked to.
     firsts, categories = np.unique(np.argmax(linked, axis=0), return_counts=True)
     members = (touched.astype(int) @ linked[:, firsts] > 0).astype(np.float64)
-    return cls(members, members.sum(axis=0) - categories)
+    # Kish's (1965), by shares of the score; where clusters are of one size, their number.
+    sizes = (drawn @ (design.weights / drawn.sum(axis=0)))[:, None] * members
+    effective = sizes.sum(axis=0) ** 2 / (sizes**2).sum(axis=0)
+    freedom = members.sum(axis=0) - categories
+    return cls(members, freedom, np.maximum(effective - categories, 1))
 
   def by_stratum(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(G,) what strata add to the covariance of two scores with such parts (C,)."""
@@ -160,7 +173,7 @@ class _Spread:
   def quantile(self, parts: np.ndarray) -> float:
     """Student's two-sided quantile, by Satterthwaite's degrees of freedom."""
     variances = self.by_stratum(parts, parts)
-    return student_quantile(variances.sum() ** 2 / np.sum(variances**2 / self.freedom))
+    return student_quantile(variances.sum() ** 2 / np.sum(variances**2 / self.effective))
 
   def tells(self, parts: np.ndarray, size: float) -> bool:
     """Whether strata have a spread, and clusters are not all alike up to rounding of a size."""
@@ -191,7 +204,7 @@ def interval(design: Design, sample: Sample) -> list[float] | None:
   score = design.overall(sample)
   if not np.isfinite(score):
     return None
-  return _interval(design, score, design.parts(sample), sample.counts > 0, _size(sample))
+  return _interval(design, score, design.parts(sample), sample.counts, _size(sample))
 
 
 def _size(*samples: Sample) -> float:
@@ -200,9 +213,9 @@ def _size(*samples: Sample) -> float:
 
 
 def _interval(
-  design: Design, score: float, parts: np.ndarray, scored: np.ndarray, size: float
+  design: Design, score: float, parts: np.ndarray, counts: np.ndarray, size: float
 ) -> list[float] | None:
-  spread = _Spread.of(design, scored)
+  spread = _Spread.of(design, counts)
   if not spread.tells(parts, size):
     return None
   half = spread.quantile(parts) * math.sqrt(spread.by_stratum(parts, parts).sum())
@@ -226,10 +239,10 @@ def compare(design: Design, first: Sample, second: Sample, seed: int = 0) -> dic
   difference = design.overall(second) - design.overall(first)
   if not np.isfinite(difference):
     return None
-  parts = design.parts(second) - design.parts(first)
+  parts, counts = design.parts(second) - design.parts(first), first.counts + second.counts
   return {
     'difference': difference,
-    'ci95': _interval(design, difference, parts, both, _size(first, second)),
+    'ci95': _interval(design, difference, parts, counts, _size(first, second)),
     'p': exchanged(design, first, second, seed),
     'n': int(both.sum()),
     'clusters': design.scored_clusters(both),
@@ -239,9 +252,8 @@ def compare(design: Design, first: Sample, second: Sample, seed: int = 0) -> dic
 def exchanged(design: Design, first: Sample, second: Sample, seed: int = 0) -> float:
   """How often exchanging the models at random clusters makes as large a difference, or a larger.
 
-  Of all exchanges where few clusters differ: then 6 that all do so in one direction have 2/64.
-  Else of random ones and the one there is, which is never rarer than its chance (Phipson and Smyth
-  2010).
+  Of all exchanges where few clusters differ: then 6 that all do so in one direction have 2/64. Else
+  of random ones and the one there is, never rarer than its chance (Phipson and Smyth 2010).
 
   Args:
     design: of Q prompts.
@@ -250,12 +262,8 @@ def exchanged(design: Design, first: Sample, second: Sample, seed: int = 0) -> f
   """
   members, categories = design.members, len(design.weights)
   totals = [array @ members for array in (first.sums, first.counts, second.sums, second.counts)]
-  change = np.concatenate(
-    [
-      design.by_cluster((theirs - ours)[:, None] * members)
-      for ours, theirs in ((first.sums, second.sums), (first.counts, second.counts))
-    ],
-    axis=1,
+  change = np.hstack(
+    [design.table(second.sums - first.sums), design.table(second.counts - first.counts)]
   )
   change = change[change.any(axis=1)]
 
@@ -304,17 +312,16 @@ def position(design: Design, value: Sample, zero: Sample, one: Sample) -> dict |
   tops, bottoms = (design.parts(sample) - design.parts(zero) for sample in (value, one))
   told = {'value': top / bottom, 'ci95': None, 'n': int(scored.sum())}
   told['clusters'] = design.scored_clusters(scored)
-  spread, parts = _Spread.of(design, scored), tops - top / bottom * bottoms
+  parts = tops - top / bottom * bottoms
+  spread = _Spread.of(design, value.counts + zero.counts + one.counts)
   if not spread.tells(parts, _size(value, zero, one)):
     return told
   # The ratios r for which top - r bottom is within its own interval: a r^2 - 2 b r + c <= 0.
   t = spread.quantile(parts)
   a, b, c = (
-    first * second - t**2 * spread.by_stratum(mine, theirs).sum()
-    for first, second, mine, theirs in (
-      (bottom, bottom, bottoms, bottoms), (top, bottom, tops, bottoms), (top, top, tops, tops)
-    )
-  )  # fmt: skip
+    one[0] * other[0] - t**2 * spread.by_stratum(one[1], other[1]).sum()
+    for one, other in itertools.combinations_with_replacement(((bottom, bottoms), (top, tops)), 2)
+  )
   if a > 0:
     half = math.sqrt(max(b * b - a * c, 0.0))
     told['ci95'] = [(b - half) / a, (b + half) / a]

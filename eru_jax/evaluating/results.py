@@ -273,7 +273,8 @@ def shown(protocol: Protocol, value: float | None, sign: bool = False) -> str:
 
 def clustered(told: Mapping[str, Any], prompts: int) -> str:
   """How many clusters so many prompts are, for people; '' if each is one."""
-  return f' in {told["clusters"]} clusters' if told['clusters'] < prompts else ''
+  n = told['clusters']
+  return f' in {n} cluster{"s" * (n != 1)}' if n < prompts else ''
 
 
 def tell(evaluated: 'Evaluated', result: Mapping[str, Any]) -> None:

@@ -253,25 +253,44 @@ def evaluate(
   their anchors from the same noise. Drift is the distance of what this model draws of unrelated
   prompts from what the base does.
   """
-  scores, generated = {}, {}
+  generated = {}
   splits = experiment.world.splits
   for split in dict.fromkeys((*SPLITS, *splits)):
     if split not in splits or not splits[split].pairs:
       continue
-    pairs, answers = selected(experiment, split)
+    pairs, _ = selected(experiment, split)
     generated[split] = generate(
       experiment, snapshot, judge, [pair.implicit for pair in pairs], split
     )
-    if judge is not None:
-      scores[split] = accuracy(generated[split].shown == answers, pairs)
-    name, rows = f'{split} anchors', anchored(experiment, split)
+    rows = anchored(experiment, split)
     if base is None and len(rows):
       anchors = [pairs[row].explicit for row in rows]
-      generated[name] = generate(experiment, snapshot, judge, anchors, split, rows)
-    if judge is None and len(rows):
-      anchors = (generated if base is None else base.generated)[name]
-      distances = pixel_distance(generated[split].images, anchors.images)
-      scores[split] = mean_distance(distances, pairs)
+      generated[f'{split} anchors'] = generate(experiment, snapshot, judge, anchors, split, rows)
+  return scored(experiment, judge, generated, base)
+
+
+def scored(
+  experiment: Experiment,
+  judge: TemplateJudge | None,
+  generated: dict[str, Generated],
+  base: Evaluation | None = None,
+) -> Evaluation:
+  """What `evaluate` says of pictures that it has made, now or in an earlier run of the workdir.
+
+  Args:
+    experiment, judge, base: as in `evaluate`.
+    generated: as of `Evaluation`.
+  """
+  scores: dict[str, Any] = {}
+  for split, drawn in generated.items():
+    if split not in experiment.world.splits:
+      continue
+    pairs, answers = selected(experiment, split)
+    if judge is not None:
+      scores[split] = accuracy(drawn.shown == answers, pairs)
+    elif len(anchored(experiment, split)):
+      anchors = (generated if base is None else base.generated)[f'{split} anchors']
+      scores[split] = mean_distance(pixel_distance(drawn.images, anchors.images), pairs)
   if 'unrelated' in generated:
     now = generated['unrelated'].images
     before = now if base is None else base.generated['unrelated'].images

@@ -165,7 +165,9 @@ def _count(score: Mapping[str, Any]) -> str:
   """How many prompts a score is of, and how many things they are about."""
   n = score.get('n', 0)
   clusters = score.get('clusters', n)
-  return f'n\u00a0=\u00a0{n}' + (f' in {clusters} clusters' if clusters < n else '')
+  return f'n\u00a0=\u00a0{n}' + (
+    f' in {clusters} cluster{"s" * (clusters != 1)}' if clusters < n else ''
+  )
 
 
 def distance_table(stages: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from eru_jax.training import experiment as experiment_lib
 from eru_jax.training import modules
 from eru_jax.training import workdir as workdir_lib
 from eru_jax.training.diagnosis import diagnose, pairs_to_compare
-from eru_jax.training.evaluation import Evaluation, evaluate, judge_of
+from eru_jax.training.evaluation import Evaluation, evaluate, judge_of, scored
 from eru_jax.training.experiment import Experiment, Snapshot
 from eru_jax.training.gallery import gallery_rows, save_grids
 from eru_jax.training.loop import run_stage
@@ -105,6 +105,9 @@ def _train(config: config_lib.ExperimentConfig, workdir: str) -> None:
       if distributed.is_main():
         workdir_lib.save_evaluation(directory, label, found)
         place.push()
+    else:
+      # So that intervals beside each other are counted alike, whatever version had begun.
+      found = scored(experiment, judge, found.generated, evaluations.get('base'))
     evaluations[label], snapshots[label] = found, snapshot
     distributed.announce(f'{label:>10}: ' + describe(found.scores))
 
