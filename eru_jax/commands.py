@@ -10,12 +10,12 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from eru_jax import leaving
 from eru_jax.errors import UserError, causes, full_disk
-from eru_jax.files import remove_unfinished
 
 _OVERRIDE = 'config.'
 
@@ -26,6 +26,9 @@ def run(main: Callable[[], None]) -> None:
   A UserError becomes one line on stderr, with one more for each thing it lists, and exit status 2;
   so does a bad flag or config file, and a file that the system refuses to open or write. Ctrl-C
   becomes one line too, with exit status 130.
+
+  The process is taken to be the command's own: signals may end it where it is. In a thread other
+  than the main one they are left to the program that it belongs to.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.use_absl_handler()
@@ -38,53 +41,24 @@ def run(main: Callable[[], None]) -> None:
       main()
     except SystemExit as error:
       if getattr(error, 'told', False):
-        leave(status=error.code)
+        leaving.leave(status=error.code)
       raise
     except BaseException as error:
       sys.excepthook = sys.__excepthook__
       # Orbax turns it into an error of its own.
       if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
         message, status = explain(KeyboardInterrupt())
-        leave(f'error: {message}', status, sys.stderr)
+        leaving.leave(f'error: {message}', status, sys.stderr)
       found = explain(error)
       if found is None:
         raise
       fail(*found, details=getattr(error, 'details', ()))
 
-  with _heard_interrupts():
+  if threading.current_thread() is not threading.main_thread():
     app.run(wrapped, flags_parser=_parse_flags)
-
-
-def leave(message: str = '', status: int = 0, stream: TextIO | None = None) -> NoReturn:
-  """Ends the process where it is: nothing is unwound or waited for, and no exit handler runs.
-
-  Python's own end first waits for every computation that JAX has queued, minutes for a large model,
-  and takes down what they still use: that may end in a crash instead of the status. Half-written
-  files of this process are removed. May be called in a signal handler.
-
-  Args:
-    message: for people, on a line of its own.
-    status: of the process.
-    stream: where to print, by default the stdout that the process began with: the one of the moment
-      may be silenced.
-  """
-  for number in (signal.SIGINT, signal.SIGTERM):
-    with contextlib.suppress(ValueError):  # not the main thread
-      signal.signal(number, signal.SIG_IGN)
-  stream = sys.__stdout__ if stream is None else stream
-  try:
-    if message and stream is not None:
-      print(message, file=stream, flush=True)
-  except RuntimeError:  # The handler came in the middle of such a call.
-    with contextlib.suppress(OSError, ValueError):
-      os.write(stream.fileno(), f'{message}\n'.encode())
-  except (OSError, ValueError):
-    pass  # Nobody listens any more.
-  for each in (sys.stdout, sys.stderr):
-    with contextlib.suppress(RuntimeError, OSError, ValueError):
-      each.flush()
-  remove_unfinished()
-  os._exit(status)
+    return
+  with leaving.owning(), _heard_interrupts():
+    app.run(wrapped, flags_parser=_parse_flags)
 
 
 class _Interrupt(KeyboardInterrupt):
@@ -120,7 +94,8 @@ def _heard_interrupts() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
-  del number, frame
+  if not leaving.is_owned():  # a fork
+    signal.default_int_handler(number, frame)
   # On the way out, TensorStore complains that the event loop is gone to which it would report.
   sys.excepthook = _say_nothing
   raise _Interrupt

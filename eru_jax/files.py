@@ -10,8 +10,9 @@ from typing import Any
 
 from eru_jax.errors import UserError
 
-# Temporary files of this process that have not got their names yet.
-_unfinished: set[pathlib.Path] = set()
+# Temporary files that have not got their names yet, and which process writes them: a fork inherits
+# what is its parent's.
+_unfinished: dict[pathlib.Path, int] = {}
 
 
 def replace_file(path: str | os.PathLike, data: bytes) -> None:
@@ -46,7 +47,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     OSError: if it cannot be renamed.
   """
   temporary = path.with_name(f'{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
-  _unfinished.add(temporary)
+  _unfinished[temporary] = os.getpid()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     yield temporary
@@ -54,14 +55,15 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
-    _unfinished.discard(temporary)
+    _unfinished.pop(temporary, None)
 
 
 def remove_unfinished() -> None:
   """Removes what `replacing` has not renamed yet; for a process that ends without unwinding."""
-  for temporary in list(_unfinished):
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
+  for temporary, process in list(_unfinished.items()):
+    if process == os.getpid():
+      with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def as_path(path: str | os.PathLike) -> Any:

@@ -1,5 +1,6 @@
 """Runs of several processes: the numbers of one process, and an end whatever happens to them."""
 
+import contextlib
 import dataclasses
 import re
 import signal
@@ -299,21 +300,18 @@ def test_rows_are_read_once_and_lie_where_the_batch_does():
   assert batch['text']['x'].sharding.spec == sharding.P(('data', 'fsdp'))
 
 
-class _Left(BaseException):
-  pass
-
-
-def test_sigterm_between_two_loops_ends_a_single_process_at_once(capsys, monkeypatch):
-  def leave(message):
-    raise _Left(message)
-
-  monkeypatch.setattr(watch.commands, 'leave', leave)
-  before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(_Left, match='^stopped at load; the same command continues$'):
-    with watch.watching():
-      watch.mark('load')
-      signal.raise_signal(signal.SIGTERM)
-  assert capsys.readouterr().out == ''
+def test_sigterm_stops_what_another_program_runs(capsys):
+  """It is not ours to end: it may have more to do, and to tidy up."""
+  before, tidied = signal.getsignal(signal.SIGTERM), []
+  with pytest.raises(SystemExit) as caught:
+    try:
+      with watch.watching():
+        watch.mark('load')
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+      tidied.append(1)
+  assert caught.value.code == 0 and tidied
+  assert capsys.readouterr().out == 'stopped at load; the same command continues\n'
   with pytest.raises(SystemExit), watch.watching() as outer, watch.watching() as inner:
     assert inner is outer and not inner.tick('step 1')
     signal.raise_signal(signal.SIGTERM)  # noticed, and heeded at the next tick
@@ -322,11 +320,46 @@ def test_sigterm_between_two_loops_ends_a_single_process_at_once(capsys, monkeyp
   assert signal.getsignal(signal.SIGTERM) == before
   assert capsys.readouterr().out == 'stopped after step 2; the same command continues\n'
   with pytest.raises(SystemExit) as caught, watch.watching() as outer:
-    outer.tick('step 3')
+    outer.tick('step 3, done')
     signal.raise_signal(signal.SIGTERM)
     outer.rest()  # there is no tick to heed it any more
   assert caught.value.code == 0 and caught.value.told
   assert capsys.readouterr().out == 'stopped after step 3; the same command continues\n'
+
+
+@pytest.mark.parametrize('heeds', ['tick', 'mark', 'rest', 'the end'])
+def test_a_stop_that_is_forgotten_is_heeded_next(heeds, capsys):
+  with pytest.raises(SystemExit) as caught, watch.watching():
+    watch.mark('load')
+    with contextlib.suppress(BaseException):
+      signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)  # the echo is not raised
+    match heeds:
+      case 'tick':
+        watch.tick('step 1')
+      case 'mark':
+        watch.mark('the next')
+      case 'rest':
+        watch.rest()
+    assert heeds == 'the end'
+  assert caught.value.code == 0
+  where = 'after step 1' if heeds == 'tick' else 'at load'
+  assert capsys.readouterr().out == f'stopped {where}; the same command continues\n'
+
+
+def test_what_goes_wrong_on_the_way_out_is_told_unless_it_is_the_stop_itself(capsys):
+  with pytest.raises(SystemExit), watch.watching():
+    try:
+      signal.raise_signal(signal.SIGTERM)
+    except BaseException as error:
+      raise KeyError('incompatible handler') from error
+  assert capsys.readouterr().out == 'stopped at the start; the same command continues\n'
+  with pytest.raises(UserError, match='disk'), watch.watching():
+    try:
+      signal.raise_signal(signal.SIGTERM)
+    finally:
+      raise UserError('No space on this disk: make some.')
+  assert capsys.readouterr().out == ''
 
 
 def test_time_outs_are_checked():

@@ -11,6 +11,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from eru_jax import distributed, sharding
 from eru_jax.data.pairs import KnowledgePair
 from eru_jax.errors import UserError
 from eru_jax.files import cache_directory, replace_file
+from eru_jax.leaving import at_leave
 from eru_jax.models import lora
 from eru_jax.rewards.judge import describe_spending, judge_spending
 from eru_jax.training import config as config_lib
@@ -116,6 +118,7 @@ def _train(config: config_lib.ExperimentConfig, workdir: str) -> None:
     if distributed.is_main():
       writer = MetricWriter(directory, config.wandb_project or None, place.push)
       stack.enter_context(writer)
+      stack.enter_context(at_leave(writer.close))
     stack.enter_context(sharding.use_mesh(mesh))
     if config.model.source != 'scratch':
       measure('base', dataclasses.replace(snapshot, trainable=None))
@@ -335,19 +338,22 @@ class _Stopwatch:
     except (OSError, ValueError):
       self.total = {}
 
-  def __call__(self, phase: str) -> '_Stopwatch':
-    self._phase, self._began = phase, time.monotonic()
+  @contextlib.contextmanager
+  def __call__(self, phase: str) -> Iterator[None]:
+    began = time.monotonic()
+
+    def stop() -> None:
+      self.total[phase] = self.total.get(phase, 0.0) + time.monotonic() - began
+      if distributed.is_main():
+        replace_file(self._path, json.dumps(self.total).encode())
+
     mark(phase)
-    return self
-
-  def __enter__(self) -> None:
-    return None
-
-  def __exit__(self, failure: type[BaseException] | None, *unused) -> None:
-    spent = time.monotonic() - self._began
-    self.total[self._phase] = self.total.get(self._phase, 0.0) + spent
-    if not distributed.is_main():
-      return
-    # On a full disk, what failed before says more than that this fails too.
-    with contextlib.suppress(*([UserError] if failure else [])):
-      replace_file(self._path, json.dumps(self.total).encode())
+    try:
+      with at_leave(stop):
+        yield
+    except BaseException:
+      # On a full disk, what failed before says more than that this fails too.
+      with contextlib.suppress(UserError):
+        stop()
+      raise
+    stop()

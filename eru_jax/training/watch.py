@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,8 @@ from collections.abc import Iterator
 
 import jax
 
-from eru_jax import commands, distributed
+from eru_jax import commands, distributed, leaving
+from eru_jax.errors import causes
 from eru_jax.training.checks import require
 from eru_jax.training.roll_call import SAY_EVERY, RollCall, Store, is_broken_connection
 
@@ -83,6 +85,7 @@ class _Position:
     serial: ticks so far, which all processes count alike.
     marks: ticks and marks so far, likewise.
     where: what the last of them said of itself.
+    done: whether that is done, as after a tick.
     since: when the last tick was.
     armed: whether the next one is expected soon.
     slowest: longest time between two ticks of one loop.
@@ -91,6 +94,7 @@ class _Position:
   serial: int = 0
   marks: int = 0
   where: str = 'the start'
+  done: bool = False
   since: float = 0.0
   armed: bool = False
   slowest: float = 0.0
@@ -112,6 +116,9 @@ class Watch:
     self._leaving = threading.Lock()
     # No event: a signal may come while the handler of another one would hold the event's lock.
     self._requested = False
+    self._process = os.getpid()
+    # What the handler has raised, and when.
+    self._raised: tuple[Stopped | None, float] = (None, -math.inf)
     self._over = threading.Event()
     self._stop_at: int | None = None
     self._main_does: str | None = None
@@ -136,22 +143,42 @@ class Watch:
         position.slowest = max(position.slowest, now - position.since)
       position.serial += 1
       position.marks += 1
-      position.where, position.since, position.armed = where, now, True
+      position.where, position.done = where, True
+      position.since, position.armed = now, True
       if self._alone:
         return self._requested
       return position.serial == self._stop_at
 
   def mark(self, where: str) -> None:
-    """Says how far this process is within an iteration."""
+    """Says how far this process is within an iteration, or what it does between the loops.
+
+    Raises:
+      Stopped: if it was asked to stop between the loops, and what told it so was dropped.
+    """
+    if not self._position.armed:
+      self._heed_request()
     self._position.marks += 1
-    self._position.where = where
+    self._position.where, self._position.done = where, False
 
   def rest(self) -> None:
-    """Says that the next iteration may take its time: a loop is over."""
+    """Says that the next iteration may take its time: a loop is over.
+
+    Raises:
+      Stopped: if this process was asked to stop, and is the only one.
+    """
     with self._lock:
       self._position.armed = False
+    self._heed_request()
+
+  def _heed_request(self) -> None:
     if self._alone and self._requested:
-      raise Stopped(f'after {self._position.where}')
+      raise Stopped(self._place())
+
+  def _place(self) -> str:
+    position = self._position
+    if position.done:
+      return f'after {position.where.removesuffix(", done")}'
+    return f'at {position.where}'
 
   @contextlib.contextmanager
   def main_only(self, what: str) -> Iterator[None]:
@@ -179,12 +206,32 @@ class Watch:
     return f'stopped {where}; {self._then}'
 
   def _notice(self, number: int, frame: types.FrameType | None) -> None:
-    del number, frame
+    del frame
+    if os.getpid() != self._process:
+      # A fork has inherited this handler, but none of what it is for.
+      signal.signal(number, signal.SIG_DFL)
+      signal.raise_signal(number)
+      return
     self._requested = True
-    if self._alone and not self._position.armed:
-      # Between the loops everything is saved. An exception could end in a callback, where Python
-      # forgets it, or cut short the way out of another one: `timeout` sends the signal twice.
-      commands.leave(self._farewell(f'at {self._position.where}'))
+    if not self._alone or self._position.armed:
+      return
+    # Between the loops everything is saved.
+    if leaving.is_owned():
+      # An exception could end in a callback, where Python forgets it.
+      leaving.leave(self._farewell(self._place()))
+    # The program is not ours to end. One that forgets the exception is stopped at the next `mark`,
+    # `tick` or `rest`; a second signal may cut short its way out, but not one that is an echo.
+    now = time.monotonic()
+    if now - self._raised[1] > leaving.ECHO:
+      stopped = Stopped(self._place())
+      self._raised = stopped, now
+      raise stopped
+
+  def _was_stopped(self, error: BaseException) -> bool:
+    """Whether an error is nothing but what others have made of the one that the handler raised."""
+    if isinstance(error, SystemExit) or commands.explain(error) is not None:
+      return False
+    return any(cause is self._raised[0] for cause in causes(error))
 
   def _run(self) -> None:
     """The thread that listens, in runs of several processes."""
@@ -353,10 +400,9 @@ def _first_line(error: BaseException) -> str:
 
 def _end(message: str, status: int) -> None:
   """Leaves at once: the main thread may wait, in compiled code, for what will never come."""
-  sys.stdout.flush()
-  if message:
-    print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
-  os._exit(status)
+  text = f'error: {" ".join(message.split())}' if message else ''
+  # The main thread may as well still write metrics.
+  leaving.leave(text, status, sys.stderr, close=False)
 
 
 _current: Watch | None = None
@@ -367,6 +413,9 @@ def watching(
   config: WatchConfig | None = None, then: str = 'the same command continues'
 ) -> Iterator[Watch]:
   """The watch of this run; within another one's scope, that one.
+
+  A single process that SIGTERM reaches between loops ends there if it is a command's own
+  (`commands.run`); in any other program, Stopped leaves the scope, and what happens is its affair.
 
   In a run of several processes, an exception that leaves the scope ends all of them: those that
   did not raise it print its message as if they had.
@@ -388,17 +437,20 @@ def watching(
     if not watch._alone:
       thread.start()
     yield watch
+    watch._heed_request()
     if not watch._alone:
       distributed.barrier()  # Until all are here, somebody may have to be told something.
   except BaseException as error:
+    if watch._was_stopped(error):
+      error = Stopped(watch._raised[0].where)
     if isinstance(error, Stopped):
       watch.stopped(error.where)
       error.told = watch._alone
     if not watch._alone:
       _tell(watch, error)
-    raise
+    raise error
   finally:
-    _current = None
+    _current, watch._raised = None, (None, -math.inf)  # its traceback holds the run's arrays
     watch._over.set()
     if thread.is_alive():
       thread.join()
