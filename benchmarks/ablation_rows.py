@@ -222,6 +222,7 @@ ROWS = (
   _biased(
     'N1, group-normalised, no KL', 'negative_only', reward_scale='group', reference_weight=0.0
   ),
+  _biased('N1, group-normalised, unguided', 'negative_only', reward_scale='group', cfg_scale=1.0),
   _biased('N2, group-normalised', 'anchored_negatives', reward_scale='group'),
   _biased('positive-only NFT, group-normalised', 'positive_only', reward_scale='group'),
   _biased('full NFT', 'nft'),
