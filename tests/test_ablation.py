@@ -13,10 +13,9 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
 
 
 @pytest.fixture(scope='module')
-def modules():
-  sys.path.insert(0, str(BENCHMARKS))
-  yield importlib.import_module('ablation_results'), importlib.import_module('ablation_rows')
-  sys.path.remove(str(BENCHMARKS))
+def modules(benchmarks):
+  del benchmarks
+  return importlib.import_module('ablation_results'), importlib.import_module('ablation_rows')
 
 
 def _alone(results, prompts):
@@ -132,11 +131,7 @@ def test_wordings_go_with_their_facts(modules, emoji_cache):
   del modules, emoji_cache
   from eru_jax.training.config import DataConfig
 
-  sys.path.insert(0, str(BENCHMARKS))
-  try:
-    ablation = importlib.import_module('ablation')
-  finally:
-    sys.path.remove(str(BENCHMARKS))
+  ablation = importlib.import_module('ablation')
   facts = ablation.facts_of(DataConfig(max_facts=12), 48)
   assert {split: len(found) for split, found in facts.items()} == {
     'train': 48, 'wording': 24, 'fact': 48, 'explicit': 12, 'unrelated': 48,
@@ -184,11 +179,7 @@ def test_unknown_rows_are_refused(modules):
 def test_scores_of_other_settings_are_refused(modules, tmp_path):
   from absl import app
 
-  sys.path.insert(0, str(BENCHMARKS))
-  try:
-    ablation = importlib.import_module('ablation')
-  finally:
-    sys.path.remove(str(BENCHMARKS))
+  ablation = importlib.import_module('ablation')
   _, rows = modules
   row = rows.ROWS[0]
   made = ablation.made_with(rows.config_of(row, 0), row)

@@ -27,8 +27,7 @@ def test_quick_comparison():
   assert all(value > 0 for value in ratios.values())
 
 
-def test_ratios_of_a_tiny_network_are_marked(monkeypatch):
-  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'benchmarks')
+def test_ratios_of_a_tiny_network_are_marked(benchmarks):
   import side_by_side
 
   result = {'train': {'ratio': 1.5}, 'sample': {'ratio': 2.0}, 'setting': {}}

@@ -34,10 +34,9 @@ COUNTS = (CONFIG, BATCH, IMAGE, TEXT)
 
 
 @pytest.fixture(scope='module')
-def modules():
-  sys.path.insert(0, str(ROOT / 'benchmarks'))
-  yield (importlib.import_module(name) for name in ('side_by_side', 'gpu_rows', 'gpu_results'))
-  sys.path.remove(str(ROOT / 'benchmarks'))
+def modules(benchmarks):
+  del benchmarks
+  return [importlib.import_module(name) for name in ('side_by_side', 'gpu_rows', 'gpu_results')]
 
 
 @pytest.fixture(scope='module')

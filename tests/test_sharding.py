@@ -271,9 +271,13 @@ def test_training_enters_both(monkeypatch, tmp_path):
     assert jax.sharding.get_abstract_mesh().axis_names == ('data', 'fsdp', 'tensor', 'sequence')
     raise KeyboardInterrupt
 
-  world = mock.MagicMock()
+  experiment = run.experiment_lib.Experiment(
+    mock.MagicMock(seed=0), None, mock.MagicMock(), mock.MagicMock()
+  )
   monkeypatch.setattr(
-    run.experiment_lib, 'open_experiment', lambda *unused: (world, mock.MagicMock(trainable=None))
+    run.experiment_lib,
+    'open_experiment',
+    lambda *unused: (experiment, mock.MagicMock(trainable=None)),
   )
   monkeypatch.setattr(run, 'STAGES', {'autoencoder': mock.MagicMock()})
   monkeypatch.setattr(run, 'judge_of', mock.MagicMock())

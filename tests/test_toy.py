@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,6 @@ import pytest
 from eru_jax import flow
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
-
-
-@pytest.fixture(scope='module')
-def benchmarks():
-  """Makes the benchmark's modules importable, as running it does."""
-  sys.path.insert(0, str(BENCHMARKS))
-  yield
-  sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope='module')
