@@ -1,6 +1,6 @@
 """Every variant of DK-DM and NO-RL, adapters, and amounts of data, on the emoji world.
 
-    python benchmarks/ablation.py                                  # some two hours a seed, 2 cores
+    python benchmarks/ablation.py                                  # some 2.5 hours a seed, 2 cores
     python benchmarks/ablation.py --rows='base,mixture,N1' --seeds=1
 
 One row after the other, the seeds around them, so that a run that is stopped has whole rows; what
